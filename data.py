@@ -1,0 +1,670 @@
+"""Videos in and out: a procedural world of sprites, folders of clips, folders of latents, and a ruler for the sprites.
+
+A dataset maps any index >= 0 to (video, c): video (T, C, height, width) float32, pixels in [-1, 1], and c (L, text_dim).
+The same seed and index give the same clip, on any machine and in any process, so the position in the data is a number.
+
+B videos, T frames, C channels, S sprites, L words.
+"""
+import argparse
+import difflib
+import re
+import zipfile
+from collections import OrderedDict
+from itertools import islice
+from pathlib import Path
+
+import imageio.v2
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Teaches in --help, and says what is wrong in one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(self, flag, default, help, **options):
+        shown = "" if default is None or default is False or "default" in help else f" (default {default})"
+        self.add_argument(flag, default=default, help=help + shown, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+    def guard(self, main, *args):
+        """Run main; what a person can mend ends in one line, without a traceback."""
+        try:
+            return main(*args)
+        except (ValueError, OSError) as error:
+            self.error(error)
+
+
+def number(kind, low, high=float("inf"), above=False):
+    """An argparse type: a number in [low, high], or above low."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (low < value if above else low <= value) or value > high or value == float("inf"):
+            wanted = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < 1e30 else "")
+            raise argparse.ArgumentTypeError(f"got {text}, wanted {'a whole' if kind is int else 'a'} number {wanted}")
+        return value
+    return read
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# -- captions ------------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """Text without a text encoder: one row per word, the word beside its successor, so that "red circle" binds the
+    colour to the shape though attention to the text knows no order. Rows of zeros say nothing."""
+
+    def __init__(self, vocabulary, rows=8):
+        self.vocabulary, self.rows = list(vocabulary), rows
+        self.text_dim = max(1, 2 * len(self.vocabulary))
+
+    @classmethod
+    def of(cls, captions):
+        words = [split_words(caption) for caption in captions]
+        return cls(sorted({w for ws in words for w in ws}), max([1, *map(len, words)]))
+
+    def __call__(self, prompt):
+        """A prompt -> (L, text_dim), L at least `rows`. Raises ValueError for words that the model never met."""
+        words = split_words(prompt)
+        for word in words:
+            if word not in self.vocabulary:
+                near = difflib.get_close_matches(word, self.vocabulary, 5, 0) or self.vocabulary[:12]
+                raise ValueError(f'unknown word "{word}" in the prompt "{prompt}"; ' + (
+                    f"among the {len(self.vocabulary)} words of the training captions are: " + ", ".join(near)
+                    if near else "this model was trained without captions, so the prompt must be empty"))
+        c = torch.zeros(max(self.rows, len(words)), self.text_dim)
+        for row, word in enumerate(words):
+            c[row, self.vocabulary.index(word)] = 1
+            if row + 1 < len(words):
+                c[row, len(self.vocabulary) + self.vocabulary.index(words[row + 1])] = 1
+        return c
+
+
+def split_words(text):
+    return re.findall(r"[\w'-]+", text.lower())
+
+
+# -- the world of sprites ------------------------------------------------------------------------------------------
+
+BACKGROUND, WALL = torch.tensor([0.08, 0.08, 0.12]) * 2 - 1, torch.tensor([0.45, 0.45, 0.48]) * 2 - 1
+COLOURS = {"red": (0.95, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.35, 1.0), "yellow": (1.0, 0.9, 0.1),
+           "magenta": (0.9, 0.2, 0.9), "white": (1.0, 1.0, 1.0)}
+PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1
+SHAPES = {  # signed distance to the edge, in radii, at (x, y) radii from the centre; y points down
+    "circle": lambda x, y: (x * x + y * y).sqrt() - 1,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.85,
+    "triangle": lambda x, y: torch.maximum(y - 0.75, 0.866 * x.abs() - 0.5 * y - 0.6),
+}
+SPEED = (0.03, 0.075)  # canvas sizes per frame
+
+
+def radius_of(size, wall):
+    """Sprites are smaller where there is a wall, so that it can hide them whole."""
+    return size * (0.14 if wall else 0.19)
+
+
+def coverage(at, shape, size, radius):
+    """How much of each pixel a sprite covers: centres (..., 2) in pixels, shape (...) index -> (..., size, size) in
+    [0, 1], with an edge one pixel soft."""
+    grid = torch.arange(size) + 0.5
+    x = ((grid - at[..., :1]) / radius)[..., None, :]
+    y = ((grid - at[..., 1:]) / radius)[..., :, None]
+    distance = torch.stack([sdf(x, y) for sdf in SHAPES.values()], dim=-3)
+    index = shape.long().expand(at.shape[:-1])[..., None, None, None].expand(*at.shape[:-1], 1, size, size)
+    return (0.5 - radius * distance.gather(-3, index).squeeze(-3)).clamp(0, 1)
+
+
+def wall_columns(size):
+    """Which columns of pixels the wall hides: the middle third or so."""
+    columns = torch.zeros(size, dtype=torch.bool)
+    columns[round(size * 0.34):round(size * 0.66)] = True
+    return columns
+
+
+def paint(at, shape, colour, size, wall=False, shown=None):
+    """Sprites (..., S, 2), (..., S), (..., S), the first in front -> pictures (..., 3, size, size) in [-1, 1]."""
+    cover = coverage(at, shape, size, radius_of(size, wall))
+    if shown is not None:
+        cover = cover * shown[..., None, None]
+    picture = BACKGROUND[:, None, None].expand(*at.shape[:-2], 3, size, size)
+    for s in reversed(range(at.shape[-2])):
+        alpha = cover[..., s, None, :, :]
+        picture = picture + alpha * (PALETTE[colour[..., s]][..., None, None] - picture)
+    return torch.where(wall_columns(size), WALL[:, None, None], picture) if wall else picture
+
+
+def reflect(at, low, high):
+    """Fold positions on a line into [low, high], as elastic bounces do."""
+    return high - abs((at - low) % (2 * (high - low)) - (high - low))
+
+
+class Sprites:
+    """Coloured shapes that glide in straight lines and bounce off the edges, drawn from (seed, split, index) alone.
+
+    "train" and "test" share no index: each has a stream of its own. withheld: share of clips without their caption.
+    """
+    channels, fps = 3, 8
+
+    def __init__(self, size=16, frames=12, seed=0, split="train", objects=2, wall=False, withheld=0.0):
+        if not 1 <= objects <= len(COLOURS):
+            raise ValueError(f"{objects} sprites in a clip; 1 to {len(COLOURS)} work, each has a colour of its own")
+        self.size, self.frames, self.objects, self.wall, self.withheld = size, frames, objects, wall, withheld
+        self.key = (seed, ("train", "test").index(split))
+        self.words = Words([*COLOURS, *SHAPES, "and"], 3 * objects - 1)
+        self.text_dim = self.words.text_dim
+
+    def describe(self):
+        return (f"sprites: {self.objects} in clips of {self.frames} frames, {self.size} x {self.size} pixels" +
+                (", behind a wall" if self.wall else ""))
+
+    def scene(self, index, frames=None):
+        """(colour (S,), shape (S,), at (T, S, 2) in pixels): the truth about a clip of any length."""
+        rng = np.random.default_rng([*self.key, index])
+        colour = torch.from_numpy(rng.permutation(len(COLOURS))[:self.objects])
+        shape = torch.from_numpy(rng.integers(len(SHAPES), size=self.objects))
+        margin = radius_of(self.size, self.wall)
+        start = torch.from_numpy(rng.uniform(margin, self.size - margin, (self.objects, 2)))
+        speed, angle = rng.uniform(*SPEED, self.objects) * self.size, rng.uniform(0, 2 * np.pi, self.objects)
+        step = torch.from_numpy(np.stack([speed * np.cos(angle), speed * np.sin(angle)], -1))
+        path = start + step * torch.arange(frames or self.frames)[:, None, None]
+        return colour, shape, reflect(path, margin, self.size - margin).float()
+
+    def caption(self, index):
+        """For instance "red circle and blue square", the sprite in front first."""
+        return name(*self.scene(index, 1)[:2])
+
+    def video(self, index, frames=None):
+        """(T, 3, size, size) in [-1, 1]; a longer clip begins with the shorter one."""
+        return self.draw(*self.scene(index, frames))
+
+    def draw(self, colour, shape, at):
+        return paint(at, shape.expand(len(at), -1), colour.expand(len(at), -1), self.size, self.wall)
+
+    def __getitem__(self, index):
+        colour, shape, at = self.scene(index)
+        silent = self.withheld and np.random.default_rng([*self.key, index, 1]).random() < self.withheld
+        return self.draw(colour, shape, at), self.words("" if silent else name(colour, shape))
+
+
+def name(colour, shape):
+    return " and ".join(f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in zip(colour.tolist(), shape.tolist()))
+
+
+# -- the ruler -----------------------------------------------------------------------------------------------------
+
+
+def measure(video, captions, wall=False):
+    """How right are videos of the sprite world? (B, T, 3, size, size) in [-1, 1] and B captions -> (B, T, 3), 0 to 100.
+
+    Visual: how near the picture is to the nearest legal one, 100 (1 - distance / that of an empty picture).
+    Temporal: does each sprite go straight on, at a legal speed, with legal bounces? The distance from where it should
+    be, as 100 exp(-(distance / 2 % of the canvas)²); a sprite that is missing counts 0, one that is hidden does not
+    count; nan where nothing can be said, as in
+    the first two frames.
+    Text: the share of the named sprites that are there and of those there that are named; half for the wrong shape.
+    """
+    B, T, _, size, _ = video.shape
+    named = [parse_caption(caption) for caption in captions]
+    S = max([1, *map(len, named)])
+    fits = [fit_sprites(frames, S + 1, wall) for frames in video.float().flatten(0, 1).cpu().split(512)]
+    at, shape, colour, clear, error = (torch.cat(z).unflatten(0, (B, T)) for z in zip(*fits))
+    visual = 100 * (1 - error.sqrt()).clamp(min=0)
+    judged = [judge(*z, size, wall) for z in zip(at.numpy(), shape.numpy(), colour.numpy(), clear.numpy(), named)]
+    return torch.cat([visual[..., None], torch.tensor(np.array(judged), dtype=torch.float32)], dim=-1)
+
+
+def parse_caption(caption):
+    """{colour: shape} by index, of a caption such as "red circle and blue square"."""
+    pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption.lower())
+    return {list(COLOURS).index(c): list(SHAPES).index(s) for c, s in pairs}
+
+
+def fit_sprites(picture, S, wall):
+    """The legal rendering of up to S sprites that is nearest to each picture (F, 3, size, size).
+
+    Returns at (F, S, 2), shape (F, S), colour (F, S), clear (F, S): how much of the sprite can be seen, 0 if it is not
+    there; error (F,): squared distance over that of an empty picture to a full one. Greedy matching of every colour,
+    shape and half pixel, front to back, then a descent on the positions for both orders of the two largest.
+    """
+    size, radius = picture.shape[-1], radius_of(picture.shape[-1], wall)
+    kernel, offset = templates(size, radius)
+    centre = torch.arange(size)[:, None, None] + 0.5 + offset
+    inside = (centre - size / 2).abs() <= size / 2 - radius + 0.3  # (size, K, 2)
+    legal = (inside[None, :, :, 0] & inside[:, None, :, 1]).permute(2, 0, 1)
+    energy = (PALETTE - BACKGROUND).square().sum(-1)
+    # a pixel speaks for a colour by 1, against it by its distance: what is half another colour is no sprite of this one
+    unlike = (picture[:, None] - PALETTE[..., None, None]).square().sum(2) / energy[:, None, None]
+    through = (~wall_columns(size) if wall else torch.ones(size)).expand(len(picture), 1, size, -1).float()
+    found, taken = [], torch.zeros(len(picture), len(PALETTE), dtype=torch.bool)
+    for doubt in (3, *[2] * (S - 1)):
+        votes = F.conv2d((through * (1 - doubt * unlike)).flatten(0, 1)[:, None], kernel, padding="same")
+        votes = votes.unflatten(0, unlike.shape[:2]) * energy[:, None, None, None]
+        votes = votes.masked_fill(~legal | taken[..., None, None, None], -torch.inf)
+        best = votes.flatten(1).argmax(1)
+        colour, k, row, column = torch.unravel_index(best, votes.shape[1:])
+        at, shape = torch.stack([column, row], -1) + 0.5 + offset[k], k // (len(kernel) // len(SHAPES))
+        alpha = coverage(at, shape, size, radius)[:, None]
+        seen = (alpha * through).sum((1, 2, 3))
+        votes = votes.flatten(1).gather(1, best[:, None])[:, 0] / energy[colour]
+        there = (votes > 0.25 * seen) & (seen > 0.2 * alpha.sum((1, 2, 3)))
+        taken[torch.arange(len(taken)), colour] = True
+        found.append((at, shape, colour, there))
+        through = through * (1 - alpha * there[:, None, None, None])
+    at, shape, colour, there = (torch.stack(z, 1) for z in zip(*found))
+    at, shape, error = descend(picture, at, shape, colour, there, wall)
+    swap = [1, 0, *range(2, S)]  # where two sprites overlap, the one in front may have been found second
+    near = (there[:, :2].all(1) & ((at[:, 0] - at[:, 1]).abs().amax(1) < 2.2 * radius)).nonzero()[:, 0]
+    at2, shape2, error2 = descend(picture[near], *(z[near][:, swap] for z in (at, shape, colour, there)), wall)
+    better = error2 < error[near]
+    near = near[better]
+    at[near], shape[near], colour[near], there[near] = at2[better], shape2[better], colour[near][:, swap], there[near][:, swap]
+    error[near] = error2[better]
+    clear = visible_share(at, shape, there, size, wall)
+    error = error / (energy.mean() * kernel.square().sum((1, 2, 3)).mean() * (S - 1))
+    return at, shape, colour, clear, torch.where(there.any(1), error, error.clamp(min=1))
+
+
+def templates(size, radius):
+    """Every shape at every half-pixel offset: kernels (K, 1, w, w), offsets (K, 2)."""
+    half = int(radius * 1.3) + 2
+    steps = torch.tensor([(x, y) for x in (-0.25, 0.25) for y in (-0.25, 0.25)])
+    shape = torch.arange(len(SHAPES)).repeat_interleave(len(steps))
+    offset = steps.repeat(len(SHAPES), 1)
+    return coverage(half + 0.5 + offset, shape, 2 * half + 1, radius)[:, None], offset
+
+
+def descend(picture, at, shape, colour, there, wall):
+    """Try every shape for each sprite, then move it to the best of its neighbours by ever smaller steps.
+
+    Returns (at, shape, squared error), made anew.
+    """
+    size, moves = picture.shape[-1], torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))
+    for step, forms in ((0.5, len(SHAPES)), (0.25, 1), (0.125, 1), (0.0625, 1), (0.03125, 1)):
+        for s in there.any(0).nonzero()[:, 0].tolist():
+            tried = at[:, None].repeat(1, forms * len(moves), 1, 1)
+            tried[:, :, s] += step * moves.repeat(forms, 1)
+            form = shape[:, None].repeat(1, forms * len(moves), 1)
+            form[:, :, s] += torch.arange(forms).repeat_interleave(len(moves))
+            form %= len(SHAPES)
+            drawn = paint(tried, form, colour[:, None].expand_as(form), size, wall, there[:, None].float())
+            best = (drawn - picture[:, None]).square().sum((2, 3, 4)).argmin(1)
+            every = torch.arange(len(at))
+            at, shape = tried[every, best], form[every, best]
+    error = (paint(at, shape, colour, size, wall, there.float()) - picture).square().sum((1, 2, 3))
+    return at, shape, error
+
+
+def visible_share(at, shape, there, size, wall):
+    """The share of each sprite (F, S) that neither the wall nor those before it hide; 0 for those not there."""
+    cover = coverage(at, shape, size, radius_of(size, wall)) * there[..., None, None]
+    through = torch.cat([torch.ones_like(cover[:, :1]), (1 - cover).cumprod(1)[:, :-1]], dim=1)
+    if wall:
+        through = through * ~wall_columns(size)
+    return (cover * through).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
+
+
+def judge(at, shape, colour, clear, named, size, wall):
+    """Temporal and Text of one video, (T, 2), from its fitted sprites: at (T, S, 2), shape, colour, clear (T, S)."""
+    radius, scores, tracks = radius_of(size, wall), [], {}
+    for t in range(len(at)):
+        there = {int(colour[t, s]): s for s in reversed(range(len(at[t]))) if clear[t, s] > 0.15}
+        right = sum(1.0 if shape[t, there[c]] == named[c] or clear[t, there[c]] < 0.6 else 0.5
+                    for c in named if c in there)
+        steps = {c: forecast(track, t, size, radius) for c, track in tracks.items()}
+        hidden = {c for c in named if c not in there and c in steps
+                  and hides(steps[c][0][0], at[t, list(there.values())], size, radius, wall)}
+        sharp = {c: s for c, s in there.items() if clear[t, s] > 0.5}
+        temporal = [straightness(at[t, s], *steps[c], size) for c, s in sharp.items() if c in steps]
+        missing = len(set(named) - hidden - set(there))
+        if t > 1:
+            temporal += [0.0] * missing
+        text = right / max(1, len(named) - len(hidden), len(there))
+        everything_hidden = not there and not missing
+        temporal = [z for z in temporal if not np.isnan(z)]
+        scores.append((100 * np.mean(temporal) if temporal else np.nan, np.nan if everything_hidden else 100 * text))
+        for c, s in sharp.items():
+            tracks[c] = (*tracks.get(c, ())[-1:], (t, at[t, s]))
+    return scores
+
+
+def forecast(track, t, size, radius):
+    """Where a sprite seen at (t0, p0), (t1, p1) is due at t, per axis: it went straight, or just bounced off the low or
+    the high edge. Returns (positions, velocities), (3, 2) each, inf where no legal sprite is that fast."""
+    if len(track) < 2 or track[1][0] - track[0][0] != 1:
+        return np.full((2, 3, 2), np.nan)
+    (_, p0), (t1, p1) = track
+    low, high = radius, size - radius
+    v = np.stack([p1 - p0, p1 + p0 - 2 * low, p1 + p0 - 2 * high])
+    due = np.where(np.abs(v) > 1.2 * SPEED[1] * size, np.inf, reflect(p1 + v * (t - t1), low, high))
+    return due, v
+
+
+def straightness(at, due, v, size):
+    """1 where a sprite is where it was due and legally fast, 0 far from it; nan if nothing was due."""
+    off = np.abs(at - due)
+    best = off.argmin(0)
+    speed = np.linalg.norm(v[best, [0, 1]])
+    off = np.linalg.norm(off.min(0)) + max(0, SPEED[0] * size - speed, speed - SPEED[1] * size)
+    return np.exp(-(off / (0.02 * size)) ** 2)
+
+
+def hides(where, others, size, radius, wall):
+    """Would a sprite be all but invisible there, behind the wall or the sprites in sight? Unknown places are not."""
+    if not np.isfinite(where).all():
+        return False
+    places = torch.from_numpy(np.concatenate([where[None], others]).astype(np.float32))
+    cover = coverage(places, torch.zeros(len(places)), size, radius)
+    seen = (1 - cover[1:]).prod(0) * (~wall_columns(size) if wall else 1)
+    return bool((cover[0] * seen).sum() < 0.35 * cover[0].sum())
+
+
+THIRDS = ("Temporal", "Visual", "Text")
+
+
+def per_third(scores):
+    """Means over each third of the frames, as the paper's Table 1: (B, T, 3) -> (B, 3 thirds, 3)."""
+    return torch.stack([part.nanmean(dim=1) for part in scores.tensor_split(3, dim=1)], dim=1)
+
+
+def ruler_table(scores):
+    """A text table of `measure`'s scores (B, T, 3): Temporal / Visual / Text per third, mean ± standard error over B."""
+    thirds, T = per_third(scores), scores.shape[1]
+    edges = [0, *np.cumsum([len(part) for part in np.array_split(np.arange(T), 3)])]
+    lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in THIRDS)]
+    rows = [*zip(edges, edges[1:], thirds.unbind(1)), (0, T, scores.nanmean(1))]
+    for start, end, z in rows:
+        n = (~z.isnan()).sum(0)
+        mean, spread = z.nanmean(0), ((z - z.nanmean(0)).square().nansum(0) / (n - 1).clamp(min=1) / n.clamp(min=1)).sqrt()
+        cells = [f"{mean[i]:8.2f} ± {spread[i]:5.2f}" for i in (1, 0, 2)]
+        lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+
+def read_frames(path, size, fps=0.0, stride=1):
+    """Decode a file lazily: frames (size, size, 3) uint8, resized, cut to the centre square, every `stride`-th of them
+    at `fps` frames per second (0: the file's own rate). Raises ValueError if nothing can be read."""
+    steps = [("fps", str(fps))] if fps else []
+    steps += [("scale", f"{size}:{size}:force_original_aspect_ratio=increase"), ("crop", f"{size}:{size}")]
+    count = 0
+    try:
+        for frame in iio.imiter(path, plugin="pyav", filter_sequence=steps, format="rgb24"):
+            if count % stride == 0:
+                yield frame
+            count += 1
+    except Exception as error:  # ffmpeg's errors share no class
+        if not count:
+            raise ValueError(f"{path} cannot be read as a video ({one_line(error)}); any file that ffmpeg reads works, "
+                             "such as mp4, gif, avi or webm") from None
+    if not count:
+        raise ValueError(f"{path} has no frames")
+
+
+def read_video(path, size, fps=0.0, stride=1, frames=None):
+    """The first `frames` frames of a file (all if None): (T, 3, size, size) float32 in [-1, 1]."""
+    clip = np.stack(list(islice(read_frames(path, size, fps, stride), frames)))
+    return to_float(clip)
+
+
+def to_float(clip):
+    return rearrange(torch.from_numpy(clip), "t h w c -> t c h w").float() / 127.5 - 1
+
+
+def to_bytes(video):
+    """(T, 3, height, width) in [-1, 1] -> (T, height, width, 3) uint8."""
+    return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "t c h w -> t h w c").round().byte().cpu().numpy()
+
+
+def files_in(folder, kind, suffixes=None):
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f'--data {folder} is not a folder; give "sprites", a folder of videos, or one of latents (.npz)')
+    skip = {".txt", ".npz", ".json", ".md"}
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")
+                   and (p.suffix in suffixes if suffixes else p.suffix.lower() not in skip))
+    if not files:
+        raise ValueError(f"--data {folder} holds no {kind}")
+    return files
+
+
+def fold(video, chunk):
+    """Latent frames to frames: (B, N · chunk, C, height, width) -> (B, N, chunk · C, height, width)."""
+    return rearrange(video, "b (n t) c h w -> b n (t c) h w", t=chunk)
+
+
+def unfold(x, chunk):
+    """`fold` undone."""
+    return rearrange(x, "b n (t c) h w -> b (n t) c h w", t=chunk)
+
+
+class Folder:
+    """Random clips of T frames from files in a folder; every file once in each round of len(files) indices."""
+
+    def describe(self):
+        size = "{} x {}".format(*self.size) if isinstance(self.size, tuple) else f"{self.size} x {self.size}"
+        return f"{len(self.files)} files, clips of {self.frames} frames, {size}"
+
+    def choose(self, index):
+        """(file number, random generator) of an index."""
+        round_, place = divmod(index, len(self.files))
+        order = np.random.default_rng([self.seed, round_]).permutation(len(self.files))
+        return int(order[place]), np.random.default_rng([self.seed, round_, place, 1])
+
+    def __getitem__(self, index):
+        number, rng = self.choose(index)
+        for other in range(len(self.files)):  # a file that turns out bad is replaced by the next
+            video = self.frames_of((number + other) % len(self.files))
+            if video is not None:
+                break
+        else:
+            raise ValueError("none of the files can be read any more")
+        start = rng.integers(len(video) - self.frames + 1)
+        return self.clip(video, start), self.text_of((number + other) % len(self.files))
+
+
+class Videos(Folder):
+    """Any files that ffmpeg reads, with an optional caption in name.txt beside name.mp4.
+
+    Decoded where the item is asked for, that is in the loader's processes; each keeps up to `memory` bytes of decoded
+    clips. A file that cannot be read is named once in a warning and skipped; clips too short are counted and skipped.
+    """
+    channels = 3
+
+    def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, memory=2 ** 30):
+        self.size, self.frames, self.rate, self.stride, self.seed, self.memory = size, frames, fps, stride, seed, memory
+        self.files, lengths, rates, bad = [], [], [], 0
+        for path in files_in(folder, "videos"):
+            try:
+                next(read_frames(path, size))
+                meta, shape = iio.immeta(path, plugin="pyav"), iio.improps(path, plugin="pyav").shape
+            except Exception as error:
+                print(f"warning: skipping {path}: {one_line(error)}")
+                bad += 1
+                continue
+            length = int(meta["duration"] * fps + 1e-3) if fps else shape[0] or round(meta["duration"] * meta["fps"])
+            lengths.append(-(-length // stride))
+            rates.append(fps or meta["fps"])
+            if lengths[-1] >= frames:
+                self.files.append(path)
+        short = len(lengths) - len(self.files)
+        if short:
+            print(f"warning: skipping {short} of {len(lengths)} clips, shorter than {frames} frames")
+        if not self.files:
+            raise ValueError(f"no clip in {folder} has {frames} frames" + (f" at stride {stride}" if stride > 1 else "") +
+                             f": {short} are too short (the longest has {max(lengths, default=0)}) and {bad} cannot be read")
+        self.fps = float(np.median(rates)) / stride
+        texts = [path.with_suffix(".txt") for path in self.files]
+        self.captions = [text.read_text().strip() if text.is_file() else "" for text in texts]
+        self.words = Words.of(self.captions)
+        self.text_dim = self.words.text_dim
+        self.decoded, self.broken = OrderedDict(), torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+
+    def frames_of(self, number):
+        if self.broken[number]:
+            return None
+        if number not in self.decoded:
+            try:
+                clip = np.stack(list(read_frames(self.files[number], self.size, self.rate, self.stride)))
+                if len(clip) < self.frames:
+                    raise ValueError(f"only {len(clip)} of its frames can be decoded")
+            except ValueError as error:
+                self.broken[number] = True
+                print(f"warning: skipping {self.files[number]}: {one_line(error)}")
+                return None
+            self.decoded[number] = clip
+            while len(self.decoded) > 1 and sum(z.nbytes for z in self.decoded.values()) > self.memory:
+                self.decoded.popitem(last=False)
+        self.decoded.move_to_end(number)
+        return self.decoded[number]
+
+    def clip(self, video, start):
+        return to_float(video[start:start + self.frames])
+
+    def text_of(self, number):
+        return self.words(self.captions[number])
+
+    def caption(self, index):
+        return self.captions[self.choose(index)[0]]
+
+
+class Latents(Folder):
+    """One .npz per video: `latents` (T, C, height, width) and perhaps `text` (L, text_dim), read when asked for."""
+    words, fps = None, 4
+
+    def __init__(self, folder, frames, seed=0):
+        self.frames, self.seed, self.files = frames, seed, []
+        shapes = [self.shapes(path) for path in files_in(folder, "latents", {".npz"})]
+        first = shapes[0]
+        for path, latents, text in shapes:
+            if latents[1:] != first[1][1:] or (text or (0, 0))[-1] != (first[2] or (0, 0))[-1]:
+                raise ValueError(f"{path} holds latents {latents} with text {text}, but {first[0]} {first[1]} with "
+                                 f"{first[2]}; all files of a folder need the same channels, size and text width")
+        self.files = [path for path, latents, _ in shapes if latents[0] >= frames]
+        if len(self.files) < len(shapes):
+            print(f"warning: skipping {len(shapes) - len(self.files)} of {len(shapes)} files, shorter than {frames} frames")
+        if not self.files:
+            raise ValueError(f"no file in {folder} has {frames} latent frames; the longest has "
+                             f"{max(latents[0] for _, latents, _ in shapes)}")
+        self.channels, self.size = first[1][1], first[1][2:]
+        self.rows, self.text_dim = max((text or (1,))[0] for _, _, text in shapes), (first[2] or (0, 1))[-1]
+
+    @staticmethod
+    def shapes(path):
+        """(path, shape of latents, shape of text or None) from the headers alone."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                found = {}
+                for key in archive.namelist():
+                    with archive.open(key) as file:
+                        version = np.lib.format.read_magic(file)
+                        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                        found[key.removesuffix(".npy")] = read(file)[0]
+        except (zipfile.BadZipFile, ValueError, OSError) as error:
+            raise ValueError(f"{path} is not a readable .npz file ({one_line(error)})") from None
+        if len(found.get("latents", ())) != 4 or len(found.get("text", (0, 0))) != 2:
+            raise ValueError(f"{path} holds {found or 'nothing'}; wanted `latents` (T, C, height, width) and perhaps "
+                             "`text` (L, text_dim)")
+        return path, found["latents"], found.get("text")
+
+    def frames_of(self, number):
+        with np.load(self.files[number]) as file:
+            self.text = file["text"] if "text" in file else np.zeros((1, self.text_dim))
+            return file["latents"]
+
+    def clip(self, video, start):
+        return torch.from_numpy(video[start:start + self.frames]).float()
+
+    def text_of(self, number):
+        c = torch.zeros(self.rows, self.text_dim)
+        c[:len(self.text)] = torch.from_numpy(self.text).float()
+        return c
+
+    def caption(self, index):
+        return self.files[self.choose(index)[0]].stem
+
+
+def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=False, withheld=0.0, split="train"):
+    """The dataset that `--data` names: "sprites", a folder of latents (it holds .npz files) or a folder of videos."""
+    if data == "sprites":
+        return Sprites(size, frames, seed, split, objects, wall, withheld)
+    if Path(data).is_dir() and any(Path(data).rglob("*.npz")):
+        return Latents(data, frames, seed)
+    return Videos(data, size, frames, fps, stride, seed)
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+def enlarge(frames, height=128):
+    """(..., height, width, 3) uint8, each pixel a square of them, so that a person can see what 16 x 16 holds."""
+    times = max(1, round(height / frames.shape[-3]))
+    return frames.repeat(times, -3).repeat(times, -2)
+
+
+class Writer:
+    """Writes a video as its frames come: `with Writer("out.mp4", fps) as out: out(frames)`; .mp4 or .gif.
+
+    The file appears under its name when it is complete."""
+
+    def __init__(self, path, fps=8.0):
+        self.path, self.fps = Path(path), fps
+        if self.path.suffix not in (".mp4", ".gif"):
+            raise ValueError(f"{path}: videos are written as .mp4 or .gif")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.part = self.path.with_name("." + self.path.name)
+
+    def __enter__(self):
+        if self.path.suffix == ".gif":
+            self.file = imageio.v2.get_writer(self.part, format="GIF-PIL", mode="I", duration=1000 / self.fps, loop=0)
+        else:
+            self.file = iio.imopen(self.part, "w", plugin="pyav", extension=".mp4")
+            self.file.init_video_stream("libx264", fps=self.fps)
+        return self
+
+    def __call__(self, video):
+        """Append frames (T, 3, height, width) in [-1, 1]."""
+        for frame in enlarge(to_bytes(video)):
+            if self.path.suffix == ".gif":
+                self.file.append_data(frame)
+            else:
+                self.file.write_frame(frame[:len(frame) // 2 * 2, :frame.shape[1] // 2 * 2])
+
+    def __exit__(self, kind, *_):
+        self.file.close()
+        if kind is None:
+            self.part.replace(self.path)
+        else:
+            self.part.unlink(missing_ok=True)
+
+
+def film(rows, columns=12, height=64):
+    """Videos (T, 3, height, width) under one another, time from left to right, as one picture (H, W, 3) uint8."""
+    strips = []
+    for video in rows:
+        chosen = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
+        frames = enlarge(to_bytes(video[chosen]), height)
+        strips.append(rearrange(np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255),
+                                "t h w c -> h (t w) c"))
+    return np.concatenate(strips)
+
+
+def save_picture(path, picture):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, picture)

@@ -1,0 +1,355 @@
+"""The network: Wan 2.1's DiT at any size, causal by its mask, with one noise level per frame and a cache.
+
+One forward serves training, resampling and sampling: `v = model(x, t, c, history, cache, first)`. Noisy frames and
+history frames pass through it side by side, the history at t = 0; who sees whom is routing.py's table and nothing else.
+Submodules carry the original Wan names, so that real weights load as they are.
+
+B videos, N noisy frames in this pass, M frames (rows: [history | noisy] of this pass; columns: what they may see),
+P tokens in a frame (chunk · rows · columns of patches), C channels, D width, H heads, E width of a head, L words.
+"""
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from routing import attend, sparse_causal_mask
+
+
+@dataclass
+class Config:
+    """What a checkpoint needs to know of the network. Raises ValueError for sizes that do not fit together."""
+    channels: int = 3       # of one latent frame (or of pixels)
+    dim: int = 128
+    ffn_dim: int = 512
+    heads: int = 4
+    layers: int = 4
+    patch: int = 4          # pixels along a side of a token
+    chunk: int = 1          # latent frames in a frame, the autoregressive unit
+    text_dim: int = 20
+    freq_dim: int = 256     # of the sinusoids of t
+    top_k: int | None = None  # history frames that a token may pick, Eq. (9); None: all
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{field.name} is {value}; it must be positive" +
+                                 (" (leave it out for dense history)" if field.name == "top_k" else ""))
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; "
+                             f"a multiple of {2 * self.heads} would work")
+
+
+PRESETS = {
+    "toy": Config(),
+    "small": Config(dim=384, ffn_dim=1536, heads=6, layers=8),
+    "wan-1.3b": Config(16, 1536, 8960, 12, 30, patch=2, chunk=3, text_dim=4096),
+    "wan-14b": Config(16, 5120, 13824, 40, 40, patch=2, chunk=3, text_dim=4096),
+}
+
+
+def rope(width, frames, rows, columns):
+    """Angles of 3-D RoPE: positions (n,), (h,), (w,) -> complex (n · h · w, width / 2), float64.
+
+    The pairs of a head are split among time, row and column, the remainder to time; each axis has a full spectrum.
+    """
+    parts = (width - 4 * (width // 6), 2 * (width // 6), 2 * (width // 6))
+    angles = [torch.outer(at.double(), 1e4 ** (-torch.arange(0, part, 2, device=at.device) / part).double())
+              for at, part in zip((frames, rows, columns), parts)]
+    n, h, w = (len(at) for at in (frames, rows, columns))
+    angles = torch.cat([angles[0][:, None, None].expand(n, h, w, -1), angles[1][:, None].expand(n, h, w, -1),
+                        angles[2].expand(n, h, w, -1)], dim=-1).flatten(0, 2)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(z, angles):
+    """Rotate neighbouring channels: z (..., E) real, angles (..., E / 2) complex. A second rotation adds to the first."""
+    pairs = torch.view_as_complex(z.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles.to(pairs.dtype)).flatten(-2)
+
+
+def sinusoid(t, dim):
+    """t (...) -> (..., dim): cosines first, periods from 2 pi to 20000 pi, float64."""
+    w = 1e4 ** (-torch.arange(dim // 2, device=t.device, dtype=torch.float64) / (dim // 2))
+    angle = t[..., None].double() * w
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Cache:
+    """Keys and values of the finished frames, written in place; made by `model.cache(batch, frames, window, sink)`.
+
+    Without a window it holds up to `frames` frames. With one it holds the first `sink` and the last ones, `window` in
+    all; the sink's keys are rotated onward as the window moves, so that they always seem to stand right before it:
+    positions, memory and time per frame are those of a video of `window` frames, however long it runs.
+
+    Slots 0 to length - 1 hold frames in the order of time, the slots behind them the noisy frames of the pass. `seen`
+    counts all frames that ever entered. A pass calls `admit` once and `put` in every layer.
+    """
+
+    def __init__(self, config, batch, frames, window=None, sink=0):
+        if window is not None and not 0 <= sink < window:
+            raise ValueError(f"a window of {window} frames with a sink of {sink}: the sink must be 0 or more, and less "
+                             "than the window")
+        self.config, self.batch, self.frames, self.window, self.sink = config, batch, frames, window, sink
+        self.seen = self.length = self.kept = 0
+        self.k = self.v = self.sink_k = None
+
+    @property
+    def first(self):
+        """The position of slot 0: how many frames were dropped so far."""
+        return self.seen - self.length
+
+    def admit(self, n):
+        """Make room for n frames. Returns which of them to compute: all but those that a window would drop at once."""
+        total = self.length + n
+        if self.window is None and total > self.frames:
+            raise ValueError(f"{total} finished frames in a cache for {self.frames}: ask model.cache for more frames, "
+                             "or for a window")
+        self.gap = 0 if self.window is None else max(0, total - self.window)
+        self.stay = [i for i in range(total) if i < self.sink or i >= self.sink + self.gap]
+        self.kept = sum(i < self.length for i in self.stay)
+        new = [i - self.length for i in self.stay if i >= self.length]
+        self.seen, self.length = self.seen + n, len(self.stay)
+        return new
+
+    def put(self, layer, k, v, n_noisy):
+        """Write a layer's keys and values (B, H, new + noisy, P, E); returns those of all columns, as views."""
+        self.reserve(k, v, self.length + n_noisy)
+        held, sink = self.stay[:self.kept], min(self.sink, self.kept)
+        if self.gap:
+            for z in (self.k, self.v):
+                z[layer][:, :, :self.kept] = z[layer][:, :, held]
+            self.k[layer][:, :, :sink] = rotate(self.sink_k[layer][:, :, :sink], self.onward(self.first, k.device))
+        for z, new in ((self.k, k), (self.v, v)):
+            z[layer][:, :, self.kept:self.length + n_noisy] = new
+        if sink < self.sink:
+            fresh = self.k[layer][:, :, sink:min(self.sink, self.length)]
+            self.sink_k[layer][:, :, sink:sink + fresh.shape[2]] = rotate(fresh, self.onward(-self.first, k.device))
+        return (z[layer][:, :, :self.length + n_noisy] for z in (self.k, self.v))
+
+    def onward(self, frames, device):
+        """The rotation that moves a key by so many frames."""
+        here = torch.zeros(1, device=device)
+        return rope(self.config.dim // self.config.heads, here + frames * self.config.chunk, here, here)
+
+    def reserve(self, k, v, slots):
+        """Allocate at first use, with room for the noisy frames; again only if a later pass brings more of them."""
+        n_noisy, have = slots - self.length, 0 if self.k is None else self.k.shape[3]
+        if slots <= have:
+            return
+        frames = self.frames if self.window is None else min(self.frames, self.window)
+        B, H, _, P, E = k.shape
+        if B != self.batch:
+            raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
+        old_k, old_v = self.k, self.v
+        self.k, self.v = (z.new_zeros(self.config.layers, B, H, max(frames, self.length) + n_noisy, P, E) for z in (k, v))
+        if have:
+            self.k[..., :have, :, :], self.v[..., :have, :, :] = old_k, old_v
+        else:
+            self.sink_k = k.new_zeros(self.config.layers, B, H, self.sink, P, E)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.top_k = config.heads, config.top_k
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, eps=config.eps) for _ in range(2))
+
+    def forward(self, x, angles, past, own, put):
+        """x (B, M, P, D) -> the last len(past) of its frames (B, rows, P, D); put: where keys and values go first."""
+        rows = x[:, x.shape[1] - len(past):]
+        q, k, v = self.norm_q(self.q(rows)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (rearrange(z, "b m p (h e) -> b h m p e", h=self.heads) for z in (q, k, v))
+        q, k = (rotate(z, angles[len(angles) - z.shape[2]:]).to(v.dtype) for z in (q, k))
+        out = attend(q, *put(k, v), past, own, self.top_k)
+        return self.o(rearrange(out, "b h m p e -> b m p (h e)"))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, eps=config.eps) for _ in range(2))
+
+    def forward(self, x, text):
+        """x (B, M, P, D), text (B, L, D) -> (B, M, P, D). Every word is seen, the empty ones too."""
+        q, k, v = self.norm_q(self.q(x.flatten(1, 2))), self.norm_k(self.k(text)), self.v(text)
+        q, k, v = (rearrange(z, "b n (h e) -> b h n e", h=self.heads).to(v.dtype) for z in (q, k, v))
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n e -> b n (h e)")
+        return self.o(out).unflatten(1, x.shape[1:3])
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn, self.cross_attn = SelfAttention(config), CrossAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"),
+                                 nn.Linear(config.ffn_dim, config.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
+        self.eps = config.eps
+
+    def forward(self, x, e6, text, angles, past, own, put):
+        """x (B, M, P, D), e6 (B, M, 6, D) -> the last len(past) frames; only their keys and values need the others."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e6).unsqueeze(-2).unbind(2)
+        h = layer_norm(x, self.eps) * (1 + scale1) + shift1
+        x, gate1, shift2, scale2, gate2 = (z[:, z.shape[1] - len(past):] for z in (x, gate1, shift2, scale2, gate2))
+        x = x + gate1 * self.self_attn(h, angles, past, own, put)
+        x = x + self.cross_attn(self.norm3(x), text)
+        return x + gate2 * self.ffn(layer_norm(x, self.eps) * (1 + scale2) + shift2)
+
+
+class Head(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head = nn.Linear(config.dim, config.channels * config.patch ** 2)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim ** 0.5)
+        self.eps = config.eps
+
+    def forward(self, x, e):
+        """x (B, N, P, D), e (B, N, D) -> (B, N, P, patch · patch · C)."""
+        shift, scale = (self.modulation + e[:, :, None]).unsqueeze(-2).unbind(2)
+        return self.head(layer_norm(x, self.eps) * (1 + scale) + shift)
+
+
+def layer_norm(x, eps):
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+class CausalDiT(nn.Module):
+    """Wan 2.1's text-to-video DiT with a noise level per frame. At initialisation it returns exactly 0."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Linear(config.channels * config.patch ** 2, dim)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = Head(config)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in (*self.text_embedding, *self.time_embedding):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def cache(self, batch, frames, window=None, sink=0):
+        """An empty `Cache` for `batch` videos of up to `frames` frames (or for any number, with a window)."""
+        return Cache(self.config, batch, frames, window, sink)
+
+    def forward(self, x, t, c, history=None, cache=None, first=0):
+        """The velocity v = eps - x of noisy frames, each seeing itself and the history frames before it.
+
+        x (B, N, chunk · C, height, width), frames numbered first, first + 1, ...; t (B, N) in [0, 1]; c (B, L,
+        text_dim); history (B, M, chunk · C, height, width), the finished frames that come right after the cache's, or
+        None; cache: `Cache` or None; the history's keys and values are added to it. Returns v, shaped like x, in
+        float32 (float64 if the weights are). Raises ValueError where shapes do not fit the configuration.
+        """
+        config, dtype = self.config, self.patch_embedding.weight.dtype
+        self.check(x, c)
+        history = x[:, :0] if history is None else history
+        n_cached = start = 0
+        if cache is not None:
+            history = history[:, cache.admit(history.shape[1])]
+            n_cached, start = cache.kept, cache.first
+        M, N, height, width = history.shape[1], x.shape[1], x.shape[3] // config.patch, x.shape[4] // config.patch
+        past, own = sparse_causal_mask(n_cached, M, N, first - start)
+        frames = torch.cat([start + n_cached + torch.arange(M), first + torch.arange(N)])
+        angles = self.angles(frames, height, width).to(x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            e = self.time_embedding(sinusoid(1000 * F.pad(t, (M, 0)), config.freq_dim).to(dtype))
+            e6 = self.time_projection(e).unflatten(-1, (6, -1))
+        text = self.text_embedding(c.to(dtype))
+        patches = rearrange(torch.cat([history, x], dim=1), "b m (t c) (h p) (w q) -> b m (t h w) (c p q)",
+                            t=config.chunk, p=config.patch, q=config.patch)
+        x = self.patch_embedding(patches.to(dtype)).to(dtype)
+        for layer, block in enumerate(self.blocks):
+            if layer + 1 == len(self.blocks):  # nobody reads the history's own output
+                past, own = past[M:], own[M:]
+            put = (lambda k, v: (k, v)) if cache is None else partial(cache.put, layer, n_noisy=N)
+            x = block(x, e6, text, angles, past, own, put)
+        with torch.autocast(x.device.type, enabled=False):
+            v = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
+        return rearrange(v, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", t=config.chunk, h=height, p=config.patch,
+                         q=config.patch)
+
+    def angles(self, frames, height, width):
+        """RoPE angles of the tokens of frames (M,) -> complex (M, P, E / 2)."""
+        config = self.config
+        latents = (frames[:, None] * config.chunk + torch.arange(config.chunk)).flatten()
+        angles = rope(config.dim // config.heads, latents, torch.arange(height), torch.arange(width))
+        return angles.unflatten(0, (len(frames), -1))
+
+    def check(self, x, c):
+        config, (_, _, channels, height, width) = self.config, x.shape
+        if channels != config.chunk * config.channels:
+            raise ValueError(f"frames of {channels} channels; this model's have chunk {config.chunk} x "
+                             f"{config.channels} channels")
+        if height % config.patch or width % config.patch:
+            raise ValueError(f"frames of {height} x {width}; both must be multiples of the patch, {config.patch}")
+        if c.shape[-1] != config.text_dim:
+            raise ValueError(f"text of width {c.shape[-1]}; this model reads width {config.text_dim}")
+
+
+def forward_flops(config, n_history, n_noisy, height, width, words):
+    """Floating-point operations of one forward for one video, attention counted as the mask leaves it; a training step
+    takes three times as many. height and width of x, words L."""
+    P, d = config.chunk * height * width // config.patch ** 2, config.dim
+    past, own = sparse_causal_mask(0, n_history, n_noisy, 0)
+    seen = (past | own).sum(1)
+    if config.top_k is not None:
+        seen = past.sum(1).clamp(max=config.top_k) + 1
+
+    def layer(rows, pairs):
+        tokens = rows * P
+        mlp = tokens * (4 * d * d + 2 * d * config.ffn_dim)  # q and o of both attentions, and the feed-forward
+        return mlp + 2 * words * d * d + 2 * pairs * P * P * d + 2 * tokens * words * d
+
+    rows = n_history + n_noisy
+    keys = config.layers * 2 * rows * P * d * d
+    layers = (config.layers - 1) * layer(rows, seen.sum().item()) + layer(n_noisy, seen[n_history:].sum().item())
+    ends = (rows + n_noisy) * P * d * config.channels * config.patch ** 2 + words * d * (config.text_dim + d)
+    time = rows * d * (config.freq_dim + 7 * d)
+    return 2 * (keys + layers + ends + time)
+
+
+def read_checkpoint(path):
+    """The dictionary in a run's ckpt.pt (path: the file or the run's folder), on the CPU. Raises ValueError."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint at {path}; give a run's folder or its ckpt.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"config", "model", "ema", "step", "args"} <= set(state):
+            raise ValueError("it lacks " + ", ".join(sorted({"config", "model", "ema", "step", "args"} - set(state))))
+    except Exception as error:  # torch raises a different class for each way in which a file can be broken
+        reason = str(error).split(". ")[0].split("\n")[0]
+        raise ValueError(f"{path} is not a whole checkpoint of this project ({reason}); "
+                         "train.py writes one as ckpt.pt into its --out folder") from None
+    return state
+
+
+def load_checkpoint(path):
+    """The model of a run, with its averaged weights, ready to sample. `model.run` holds the flags of its training and
+    what it knows of its data."""
+    state = read_checkpoint(path)
+    model = CausalDiT(Config(**state["config"]))
+    model.load_state_dict(state["ema"])
+    model.run = state["args"]
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,443 @@
+"""Train an autoregressive video model from scratch, without a teacher: Algorithm 1.
+
+  python train.py                                       moving sprites, a quarter of an hour on a laptop
+  python train.py --data clips --size 64 --frames 16    a folder of your own videos
+  torchrun --nproc-per-node 8 train.py --frames 60      many processes, the same batch
+
+First teacher forcing (--warmup steps), then --history: "resample" redraws the history with the model's own mistakes.
+The run's folder holds ckpt.pt, config.json, log.jsonl and samples/. Ctrl-C saves; --resume goes on, bit for bit.
+"""
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from itertools import count
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import rf
+from data import (Parser, Sprites, Writer, film, fold, measure, number, open_data, ruler_table, save_picture,
+                  unfold)
+from model import PRESETS, CausalDiT, Config, forward_flops, read_checkpoint
+from rf import HISTORY, flow_matching_loss, rollout
+
+
+RUN_FILES = ("ckpt.pt", "config.json", "log.jsonl")
+
+
+def parse(argv):
+    parser, natural, positive = Parser(__doc__), number(int, 0), number(int, 1)
+    share, amount, plus = number(float, 0, 1), number(float, 0), number(float, 0, above=True)
+    add = parser.add
+    add("--data", "sprites", 'what to learn: "sprites", a folder of videos, or one of latents (.npz)')
+    add("--out", None, "the run's folder (default: a new numbered one under runs/)", type=Path)
+    add("--frames", 12, "length of a training clip, in frames (latent frames, for latents)", type=positive)
+    add("--size", 16, "height and width in pixels", type=positive)
+    add("--chunk", None, "latent frames in a frame, the autoregressive unit (default: the preset's; the paper: 3)", type=positive)
+    add("--fps", 0.0, "read videos at this rate; 0: each at its own", type=amount)
+    add("--stride", 1, "take every so manieth frame of a video", type=positive)
+    add("--objects", 2, "sprites in a clip", type=positive)
+    add("--wall", False, "sprites pass behind a wall", action="store_true")
+    add("--withheld", 0.0, "share of the sprite clips without a caption", type=share)
+    add("--preset", "toy", "size of the network", choices=PRESETS)
+    add("--dim", None, "width of the network (default: the preset's)", type=positive)
+    add("--heads", None, "attention heads (default: the preset's)", type=positive)
+    add("--layers", None, "blocks (default: the preset's)", type=positive)
+    add("--patch", None, "pixels along a side of a token (default: the preset's)", type=positive)
+    add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
+    add("--history", "resample", "what the frames see of their past, after the warm-up (Table 2)", choices=HISTORY)
+    add("--warmup", 2000, "steps of teacher forcing before that", type=natural)
+    add("--steps", 3000, "optimizer steps in all", type=positive)
+    add("--shift", 0.6, "s of Eq. (7): below 1, the resampled history stays nearer to the truth", type=plus)
+    add("--resample-steps", 1, "Euler steps from t_s to 0, Eq. (5)", type=positive)
+    add("--resample-share", 1.0, "share of the batches whose history is redrawn", type=share)
+    add("--noise", 0.3, 'largest noise level of --history noise', type=share)
+    add("--time-shift", 1.0, "shift of the noise levels t in the loss, Eqs. (4) and (7) (Wan: 3 to 5)", type=plus)
+    add("--drop", 0.1, "share of the clips whose text is dropped, for guidance", type=share)
+    add("--batch", 4, "clips per optimizer step, over all processes", type=positive)
+    add("--accumulate", 1, "passes that share an optimizer step", type=positive)
+    add("--lr", 4e-3, "peak learning rate", type=plus)
+    add("--lr-warmup", 100, "steps in which the learning rate rises", type=natural)
+    add("--decay", "linear", "how it falls after that, to 0 at --steps", choices=("constant", "linear", "cosine"))
+    add("--clip", 1.0, "largest norm of the gradient", type=plus)
+    add("--ema", 0.998, "decay of the averaged weights that sampling uses", type=number(float, 0, 0.999999))
+    add("--seed", 0, "of weights, clips and noise", type=natural)
+    add("--init", None, "start from the weights of another run (its folder or ckpt.pt)", type=Path)
+    add("--resume", False, "go on with --out, or with the latest run under runs/", action="store_true")
+    add("--save-every", 500, "steps between checkpoints", type=positive)
+    add("--sample-every", 1000, "steps between pictures and held-out losses", type=positive)
+    add("--sample-steps", 8, "Euler steps per frame in these", type=positive)
+    add("--workers", None, "processes that decode videos (default: 2; sprites need none)", type=natural)
+    add("--precision", None, "fp32 or bf16 autocast (default: bf16 on CUDA)", choices=("fp32", "bf16"))
+    add("--compile", False, "torch.compile the network", action="store_true")
+    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    args = parser.parse_args(argv)
+    if args.resume:  # the run's own flags, unless the command line says otherwise
+        args.out = args.out or latest_run()
+        saved = read_checkpoint(args.out)["args"]
+        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "device", "init", "words")})
+        args = parser.parse_args(argv + ["--out", str(args.out)])
+    args.precision = args.precision or ("bf16" if "cuda" in str(args.device) else "fp32")
+    return args
+
+
+def latest_run():
+    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError("nothing to resume: there is no checkpoint under runs/; name the run with --out")
+    return found[-1].parent
+
+
+def streams(seed, indices, device):
+    """A context in which every clip of a batch draws its noise from a stream of its own, named by (seed, its index).
+
+    So a step is the same on any number of processes, and the position in the data is all the random state there is.
+    """
+    keys = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
+    generators = [torch.Generator(device).manual_seed(int(key)) for key in keys]
+
+    def by_row(draw, fill):
+        def drawn(*args, **kwargs):
+            out = draw(*args, **kwargs)
+            for row, generator in zip(out, generators, strict=True):
+                fill(row, generator=generator)
+            return out
+        return drawn
+    return patch.multiple(rf, rand=by_row(torch.rand, torch.Tensor.uniform_),
+                          randn=by_row(torch.randn, torch.Tensor.normal_),
+                          randn_like=by_row(torch.randn_like, torch.Tensor.normal_))
+
+
+def launch(args):
+    """(rank, number of processes, device); joins the group if torchrun started this process."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}, but torch sees no CUDA device here; leave it out, or give cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def configure(args, data, world):
+    """The network's Config, after all that can be known to be wrong has been looked for."""
+    own = {key: getattr(args, key) for key in ("dim", "heads", "layers", "patch", "chunk", "top_k")}
+    config = replace(PRESETS[args.preset], channels=data.channels, text_dim=data.text_dim,
+                     **{key: value for key, value in own.items() if value is not None})
+    args.height, args.width = height, width = data.size if isinstance(data.size, tuple) else (data.size, data.size)
+    args.rate, args.words = data.fps, data.words and [data.words.vocabulary, data.words.rows]
+    if height % config.patch or width % config.patch:
+        raise ValueError(f"--size {height} x {width} is not divisible by the patch, {config.patch}; "
+                         f"{-(-height // config.patch) * config.patch} would work")
+    if args.frames % config.chunk or args.frames < 2 * config.chunk:
+        raise ValueError(f"--frames {args.frames} does not make two or more chunks of {config.chunk}; "
+                         f"{max(2, -(-args.frames // config.chunk)) * config.chunk} would")
+    if args.batch % (world * args.accumulate):
+        raise ValueError(f"--batch {args.batch} cannot be shared by {world} processes in {args.accumulate} passes; "
+                         f"{-(-args.batch // (world * args.accumulate)) * world * args.accumulate} could")
+    values = config.channels * config.patch ** 2
+    if values > config.dim:
+        raise ValueError(f"a patch holds {values} values, more than the width {config.dim} can carry; "
+                         "give a smaller --patch or a larger --dim")
+    return config
+
+
+def make_optimizer(net, lr):
+    """AdamW, with weight decay on matrices only: not on biases, norms and modulation."""
+    decayed = [p for name, p in net.named_parameters() if p.dim() == 2]
+    others = [p for name, p in net.named_parameters() if p.dim() != 2]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+                             lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step, args):
+    if step < args.lr_warmup:
+        return args.lr * (step + 1) / args.lr_warmup
+    done = (step - args.lr_warmup) / max(1, args.steps - args.lr_warmup)
+    return args.lr * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.decay]
+
+
+def fit_weights(net, state, name, path):
+    """Load a checkpoint's weights, or say in which sizes it differs from this network."""
+    theirs, ours = state["config"], asdict(net.config)
+    wrong = [f"{key} is {theirs.get(key)} there and {ours[key]} here" for key in ours
+             if theirs.get(key) != ours[key] and key != "top_k"]
+    if wrong:
+        raise ValueError(f"the model of {path} has another shape: {'; '.join(wrong)}")
+    net.load_state_dict(state[name])
+
+
+def save(net, ema, optimizer, step, args):
+    """Write ckpt.pt whole or not at all: a kill at any moment leaves the last good one.
+
+    Random states need no place in it: all draws are functions of the seed, the step and the clip (see `streams`).
+    """
+    path, part = args.out / "ckpt.pt", args.out / "ckpt.pt.part"
+    state = {"config": asdict(net.config), "model": net.state_dict(), "ema": ema.state_dict(),
+             "optimizer": optimizer.state_dict(), "step": step, "args": plain(args)}
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"could not save step {step} to {path} ({error}); the checkpoint before it is untouched: make "
+                         "room, then --resume") from None
+
+
+def plain(args):
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def batches(data, start, rank, world, args, device):
+    """Yields (indices, videos, c): this process's clips of every step from `start` on."""
+    local = args.batch // world
+    mine = [range(i, i + local) for i in range(start * args.batch + rank * local, args.steps * args.batch, args.batch)]
+    workers = args.workers if args.workers is not None else 0 if args.data == "sprites" else 2
+    loader = torch.utils.data.DataLoader(data, batch_sampler=mine, num_workers=workers, generator=torch.Generator(),
+                                         pin_memory=device.type == "cuda")
+    for indices, (video, c) in zip(mine, loader):
+        yield indices, video.to(device, non_blocking=True), c.to(device, non_blocking=True)
+
+
+def learn(model, net, video, c, method, args):
+    """Algorithm 1 on one batch: (loss, seconds that the history took). model is net as the loss calls it, perhaps
+    compiled and spread over processes; the history is redrawn by the bare net, with the weights being trained."""
+    begin = clock(video.device)
+    x = fold(video, net.config.chunk)
+    c = c * (rf.rand(len(c), device=c.device) >= args.drop)[:, None, None]
+    history = method(net, x[:, :-1], c, args.shift, args.resample_steps, args.noise)
+    seconds = clock(video.device) - begin
+    return flow_matching_loss(model, x, c, history, args.time_shift), seconds
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def history_at(step, args):
+    """Which row of Table 2 a step trains with: teacher forcing in the warm-up and in the share not resampled."""
+    resampled = np.random.default_rng([args.seed, step]).random() < args.resample_share
+    return HISTORY[args.history if step >= args.warmup and resampled else "teacher"]
+
+
+def agree(loss, stop, device, world):
+    """(mean loss, whether any process was told to stop): the same answer in every process."""
+    both = torch.stack([loss, torch.tensor(float(stop), device=device)])
+    if world > 1:
+        dist.all_reduce(both)
+    return both[0].item() / world, both[1].item() > 0
+
+
+def average(ema, net, decay, step):
+    """Exponential moving average; its decay rises from 0.1, so that the first weights are soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def main(argv):
+    args = parse(argv)
+    rank, world, device = launch(args)
+    data = open_data(args.data, args.frames, args.size, args.seed, args.fps, args.stride, args.objects, args.wall,
+                     args.withheld)
+    config = configure(args, data, world)
+    torch.manual_seed(args.seed)
+    net, start = CausalDiT(config).to(device), 0
+    if args.init and not args.resume:
+        fit_weights(net, read_checkpoint(args.init), "ema", args.init)
+    ema, optimizer = copy.deepcopy(net).eval().requires_grad_(False), make_optimizer(net, args.lr)
+    if args.resume:
+        state = read_checkpoint(args.out)
+        fit_weights(net, state, "model", args.out)
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    model = torch.compile(net) if args.compile else net
+    model = DistributedDataParallel(model) if world > 1 else model
+    args.out, log = open_out(args, start, rank, world)
+    if rank == 0:
+        announce(args, data, net, start, world, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    told = []
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: told.append(1))
+    bar = tqdm(batches(data, start, rank, world, args, device), total=args.steps, initial=start, disable=rank > 0,
+               dynamic_ncols=True)
+    for step, (indices, video, c) in enumerate(bar, start):
+        begin, loss, seconds, method = clock(device), 0, 0, history_at(step, args)
+        for part in range(args.accumulate):
+            rows = slice(part * len(video) // args.accumulate, (part + 1) * len(video) // args.accumulate)
+            with (streams(args.seed, indices[rows], device), autocast,
+                  nullcontext() if world == 1 or part + 1 == args.accumulate else model.no_sync()):
+                part_loss, part_seconds = learn(model, net, video[rows], c[rows], method, args)
+                (part_loss / args.accumulate).backward()
+            loss, seconds = loss + part_loss.detach() / args.accumulate, seconds + part_seconds
+        loss, stop = agree(loss, bool(told), device, world)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip).item()
+        if not math.isfinite(loss + norm):
+            raise ValueError(f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; "
+                             f"{last_good(args.out)}")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average(ema, net, args.ema, step)
+        step += 1
+        if rank == 0:
+            log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm,
+                 "seconds": clock(device) - begin, "history_seconds": seconds})
+            bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / (clock(device) - begin):.0%} of the time")
+            if step % args.sample_every == 0 and step < args.steps:
+                log({"step": step} | look(ema, data, args, device, step))
+            if step % args.save_every == 0 or step == args.steps or stop:
+                save(net, ema, optimizer, step, args)
+        if stop:
+            break
+    bar.close()
+    if rank == 0:
+        if step < args.steps:
+            print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
+        else:
+            finish(ema, data, args, device, log)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def open_out(args, start, rank, world):
+    """The run's folder, made, never one that holds another run; and a function that appends to its log."""
+    if args.out is None:
+        args.out = next(path for i in count(1) if not (path := Path(f"runs/{i:03d}")).exists())
+    if rank == 0:
+        if not args.resume and (args.out.is_file() or any((args.out / name).exists() for name in RUN_FILES)):
+            raise ValueError(f"--out {args.out} already holds another run; add --resume to go on with it, or name a new "
+                             "folder")
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "config.json").write_text(json.dumps(plain(args), indent=1) + "\n")
+        path = args.out / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+    if world > 1:
+        named = [args.out]
+        dist.broadcast_object_list(named)
+        args.out = named[0]
+
+    def log(entry):
+        with open(args.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+    return args.out, log
+
+
+def last_good(out):
+    path = out / "ckpt.pt"
+    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet; try a lower --lr"
+
+
+def announce(args, data, net, start, world, device):
+    """What is about to happen: said before the first step."""
+    config, N = net.config, args.frames // net.config.chunk
+    tokens = (2 * N - 1) * config.chunk * args.height * args.width // config.patch ** 2 * args.batch
+    flops = forward_flops(config, N - 1, N, args.height, args.width, data[0][1].shape[0]) * args.batch
+    print(f"{data.describe()}\n"
+          f"{sum(p.numel() for p in net.parameters()):,} parameters on {world} x {device.type}, {args.precision}; "
+          f"{tokens:,} tokens and {3 * flops:.2e} FLOPs per step\n"
+          f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history "
+          f"{args.history}" + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
+          f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
+
+
+# -- looking at it -------------------------------------------------------------------------------------------------
+
+
+def continue_clips(net, data, indices, frames, args, device):
+    """(truth, rollout) (B, T, ...) of clips whose first frames are given; the truth is as long as the data has it.
+
+    The window is that of training, so that no relative position is new however long the rollout.
+    """
+    clips = [data[i] for i in indices]
+    truth, c = (torch.stack(z) for z in zip(*clips))
+    chunk = net.config.chunk
+    given = fold(truth, chunk)[:, :2 if args.frames > 2 * chunk else 1].to(device)
+    noise = torch.randn(len(truth), frames // chunk - given.shape[1], *given.shape[2:],
+                        generator=torch.Generator().manual_seed(0)).to(device)
+    cache = net.cache(len(truth), frames // chunk, window=args.frames // chunk - 1)
+    made = rollout(net, noise, torch.ones(len(truth), device=device), c.to(device), args.sample_steps, history=given,
+                   cache=cache)
+    made = tqdm(made, "rollout", noise.shape[1], leave=False, disable=noise.shape[1] < 20)
+    return truth, unfold(torch.cat([given, *made], dim=1), chunk).cpu()
+
+
+def held_out(data, args):
+    """Clips to look at: of sprites, ones that training never sees; of a folder, its first."""
+    if args.data != "sprites":
+        return data
+    return Sprites(args.size, args.frames, args.seed, "test", args.objects, args.wall, args.withheld)
+
+
+def look(ema, data, args, device, step):
+    """Pictures of continued clips, truth above and rollout below. Returns the loss under teacher forcing on them."""
+    test = held_out(data, args)
+    truth, made = continue_clips(ema, test, range(4), args.frames, args, device)
+    show(args.out / "samples" / f"step_{step:06d}", truth, made, data.fps)
+    x, c = (torch.stack(z).to(device) for z in zip(*(test[i] for i in range(16))))
+    x = fold(x, ema.config.chunk)
+    with torch.no_grad(), streams(0, range(16), device):
+        return {"held_out_loss": flow_matching_loss(ema, x, c, x[:, :-1], args.time_shift).item()}
+
+
+def show(name, truth, made, fps):
+    """name.gif, clips side by side, and name.png, time from left to right: truth above, rollout below."""
+    truth, made = viewable(truth), viewable(made)
+    save_picture(name.with_suffix(".png"), film([video for pair in zip(truth, made) for video in pair], 16))
+    still = truth[:, -1:].expand(-1, made.shape[1] - truth.shape[1], -1, -1, -1)  # where the truth is shorter
+    both = torch.stack([torch.cat([truth, still], dim=1), made])
+    both = torch.nn.functional.pad(both, (1, 1, 1, 1), value=1.0)
+    with Writer(name.with_suffix(".gif"), fps) as out:
+        out(rearrange(both, "r b t c h w -> t c (r h) (b w)"))
+
+
+def viewable(video):
+    """Latents as pictures: three of their channels."""
+    return video if video.shape[2] == 3 else video[:, :, :3] / 3
+
+
+def finish(ema, data, args, device, log):
+    """The end of a run: clips continued to four times the training length, and measured where there is a ruler."""
+    test, name = held_out(data, args), args.out / "samples" / "final"
+    count = 16 if args.data == "sprites" else 4
+    truth, made = continue_clips(ema, test, range(count), 4 * args.frames, args, device)
+    if args.data == "sprites":
+        truth = torch.stack([test.video(i, 4 * args.frames) for i in range(count)])
+        scores = measure(made, [test.caption(i) for i in range(count)], args.wall)
+        print(f"{count} held-out clips continued to four times the training length, 0 to 100 (truth itself is near 100):")
+        print(ruler_table(scores))
+        log({"step": args.steps, "ruler": scores.nanmean((0, 1)).tolist()})
+    show(name, truth[:4], made[:4], data.fps)
+    prompt = f' "{test.caption(0)}"' if args.data == "sprites" else ""
+    print(f"look at {name}.gif and {name}.png (truth above, rollout below), then try\n"
+          f"  python sample.py{prompt} --checkpoint {args.out}")
+
+
+if __name__ == "__main__":
+    Parser(__doc__).guard(main, sys.argv[1:])
