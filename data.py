@@ -58,6 +58,13 @@ def number(kind, low, high=float("inf"), above=False):
     return read
 
 
+def latest_run():
+    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError("nothing to resume: there is no checkpoint under runs/; name the run with --out")
+    return found[-1].parent
+
+
 def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -663,6 +670,12 @@ def film(rows, columns=12, height=64):
         strips.append(rearrange(np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255),
                                 "t h w c -> h (t w) c"))
     return np.concatenate(strips)
+
+
+def draw_table(table, side=24):
+    """A table (rows, columns) of values in [0, 1] as a picture, black for 0 and yellow for 1."""
+    heat = torch.stack([table, table * 0.85, table * 0.2], dim=-1).clamp(0, 1).mul(255).round().byte().cpu().numpy()
+    return np.pad(enlarge(heat, side * len(heat)), ((1, 1), (1, 1), (0, 0)), constant_values=255)
 
 
 def save_picture(path, picture):

@@ -140,7 +140,7 @@ class Cache:
     def reserve(self, k, v, slots):
         """Allocate at first use, with room for the noisy frames; again only if a later pass brings more of them."""
         n_noisy, have = slots - self.length, 0 if self.k is None else self.k.shape[3]
-        if slots <= have:
+        if self.k is not None and slots <= have:
             return
         frames = self.frames if self.window is None else min(self.frames, self.window)
         B, H, _, P, E = k.shape
@@ -293,7 +293,7 @@ class CausalDiT(nn.Module):
         config = self.config
         latents = (frames[:, None] * config.chunk + torch.arange(config.chunk)).flatten()
         angles = rope(config.dim // config.heads, latents, torch.arange(height), torch.arange(width))
-        return angles.unflatten(0, (len(frames), -1))
+        return angles.unflatten(0, (len(frames), config.chunk * height * width))
 
     def check(self, x, c):
         config, (_, _, channels, height, width) = self.config, x.shape

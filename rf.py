@@ -77,6 +77,7 @@ def noise_to(x, s):
     return add_noise(x, randn_like(x), t_s[:, None]), t_s
 
 
+@torch.no_grad()
 def self_resample(model, x, c, s=0.6, steps=1):
     """Algorithm 1, lines 2-9, Eq. (5): the history redrawn with the model's own mistakes. No gradient.
 

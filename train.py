@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import rf
-from data import (Parser, Sprites, Writer, film, fold, measure, number, open_data, ruler_table, save_picture,
-                  unfold)
+from data import (Parser, Sprites, Writer, film, fold, latest_run, measure, number, open_data, ruler_table,
+                  save_picture, unfold)
 from model import PRESETS, CausalDiT, Config, forward_flops, read_checkpoint
 from rf import HISTORY, flow_matching_loss, rollout
 
@@ -91,13 +91,6 @@ def parse(argv):
         args = parser.parse_args(argv + ["--out", str(args.out)])
     args.precision = args.precision or ("bf16" if "cuda" in str(args.device) else "fp32")
     return args
-
-
-def latest_run():
-    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError("nothing to resume: there is no checkpoint under runs/; name the run with --out")
-    return found[-1].parent
 
 
 def streams(seed, indices, device):

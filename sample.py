@@ -1,0 +1,206 @@
+"""Make videos with a trained model, frame after frame, as long as you like.
+
+  python sample.py "red circle and blue square" --checkpoint runs/001
+  python sample.py "red circle and blue square" --given clip.mp4 --frames 100 --window 11
+  python sample.py "red circle" --then 24 "white square"
+  python sample.py --eval --frames 48                     the ruler's table on held-out sprites
+  python sample.py "red circle" --routing                 which history frames are looked at (Fig. 8)
+
+Frames are written as they are finished. Without --checkpoint, the latest run under runs/ is used.
+"""
+import json
+import re
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import (Parser, Sprites, Words, Writer, draw_table, film, fold, latest_run, measure, number, read_video,
+                  ruler_table, save_picture, unfold)
+from model import load_checkpoint
+from rf import Guided, rollout
+from routing import record
+
+
+def parse(argv):
+    parser, natural, positive = Parser(__doc__), number(int, 0), number(int, 1)
+    amount, plus = number(float, 0), number(float, 0, above=True)
+    add = parser.add
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show; none: nothing is said")
+    add("--checkpoint", None, "a run's folder, or its ckpt.pt (default: the latest under runs/)", type=Path)
+    add("--out", None, "a folder, or one .mp4 or .gif file (default: samples/ in the run's folder)", type=Path)
+    add("--frames", None, "length, given frames included (default: twice the training clips)", type=positive)
+    add("--steps", None, "Euler steps per frame (default: 8 for pixels, 32 for latents)", type=positive)
+    add("--time-shift", None, "Eq. (7) on the steps: above 1, more of them at high noise (default: 1 for pixels, 5 for "
+        "latents)", type=plus)
+    add("--guidance", None, "how much the prompt counts: 1 is the model itself (default: 2 for pixels, 5 for latents)",
+        type=amount)
+    add("--given", None, "a video to continue", type=Path)
+    add("--given-frames", None, "how many of its frames to take (default: all)", type=positive)
+    add("--then", [], "from frame FRAME on follow PROMPT; may be repeated", nargs=2, action="append",
+        metavar=("FRAME", "PROMPT"))
+    add("--window", None, "history frames in sight, so that long videos stay cheap and familiar (default: as in "
+        "training; 0: all)", type=natural)
+    add("--sink", 0, "how many of these are the first frames of all", type=natural)
+    add("--samples", 1, "videos per prompt", type=positive)
+    add("--seed", 0, "of the noise", type=natural)
+    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
+    add("--videos", 64, "how many, for --eval", type=positive)
+    add("--routing", False, "also draw how often each history frame is picked (needs a model with --top-k)",
+        action="store_true")
+    return parser.parse_args(argv)
+
+
+def settle(args, model):
+    """Fill in what the run knows better than the command line; say what cannot be."""
+    run, chunk = model.run, model.config.chunk
+    pixels = model.config.channels == 3
+    for name, value in (("frames", 2 * run["frames"]), ("steps", 8 if pixels else 32), ("time_shift", 1.0 if pixels else 5.0),
+                        ("guidance", 1.0 if args.eval else 2.0 if pixels else 5.0), ("window", run["frames"] // chunk - 1)):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.frames % chunk:
+        raise ValueError(f"--frames {args.frames} is not divisible by the chunk, {chunk}; "
+                         f"{-(-args.frames // chunk) * chunk} would work")
+    if args.window and args.sink >= args.window:
+        raise ValueError(f"--sink {args.sink} leaves no room in --window {args.window}; it must be smaller")
+    if args.routing and model.config.top_k is None:
+        raise ValueError("--routing needs a model that routes: train one with --top-k, for instance --top-k 5")
+    if not pixels and (args.given or args.prompts):
+        raise ValueError("this model was trained on latents: it needs their text encoder and decoder for that")
+    for at, _ in args.then:
+        if not at.isdigit() or not 0 < int(at) < args.frames or int(at) % chunk:
+            raise ValueError(f"--then {at}: wanted a frame's number between {chunk} and {args.frames - chunk}, "
+                             f"divisible by the chunk, {chunk}")
+    return args
+
+
+def generate(model, cs, given, args):
+    """Yields frames (B, 1, ...) as they are finished; a change of text starts a new rollout on all that there is.
+
+    cs: [(the frame at which it begins, c (B, L, text_dim))]; given (B, M, ...): the frames to continue, perhaps none.
+    """
+    noise = torch.Generator().manual_seed(args.seed)
+    chunk, frames = model.config.chunk, args.frames // model.config.chunk
+    done = [given[:, i:i + 1] for i in range(given.shape[1])]
+    for (_, c), end in zip(cs, [start // chunk for start, _ in cs[1:]] + [frames]):
+        if end <= len(done):
+            continue
+        guided = model if args.guidance == 1 else Guided(model, torch.zeros_like(c[:1]), args.guidance)
+        x = torch.randn(len(given), end - len(done), *given.shape[2:], generator=noise).to(given.device)
+        cache = guided.cache(len(given), end, window=args.window or None, sink=args.sink)
+        t = torch.ones(len(given), device=given.device)
+        for frame in rollout(guided, x, t, c, args.steps, args.time_shift, torch.cat([given[:, :0], *done], 1), cache):
+            done.append(frame)
+            yield frame
+
+
+def targets(args, names):
+    """One file per video."""
+    out = args.out or Path(args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent) / "samples"
+    if out.suffix in (".mp4", ".gif"):
+        return [out] if len(names) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(names))]
+    if out.suffix or out.is_file():
+        raise ValueError(f"--out {out}: wanted a folder, or a file that ends in .mp4 or .gif")
+    return [out / f"{name}.mp4" for name in names]
+
+
+def first_frames(args, model):
+    """The frames of --given (1, M, ...), or none."""
+    run, chunk = model.run, model.config.chunk
+    shape = (1, 0, chunk * model.config.channels, run["height"], run["width"])
+    if args.given is None:
+        return torch.zeros(shape)
+    if run["height"] != run["width"]:
+        raise ValueError(f"--given: clips are cut to squares, but this model's frames are {run['height']} x {run['width']}")
+    clip = read_video(args.given, run["height"], run["fps"], run["stride"], args.given_frames)
+    if len(clip) < chunk or len(clip) >= args.frames:
+        raise ValueError(f"--given {args.given} has {len(clip)} frames; wanted at least one chunk, {chunk}, and fewer than "
+                         f"--frames {args.frames}; --given-frames takes some of them")
+    return fold(clip[None, :len(clip) // chunk * chunk], chunk)
+
+
+def make(args, model):
+    """Prompts to files."""
+    words, device, chunk = Words(*model.run["words"]), args.device, model.config.chunk
+    prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
+    count = len(prompts)
+    texts = [(0, prompts)] + sorted((int(at), [prompt] * count) for at, prompt in args.then)
+    rows = max(len(words(prompt)) for _, several in texts for prompt in several)
+    words.rows = rows
+    cs = [(at, torch.stack([words(prompt) for prompt in several]).to(device)) for at, several in texts]
+    given = first_frames(args, model).expand(count, -1, -1, -1, -1).to(device)
+    files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())}-{args.seed}-{i}"
+                           for i, prompt in enumerate(prompts)])
+    new, picks, videos = args.frames // chunk - given.shape[1], [], [unfold(given, chunk).cpu()]
+    with ExitStack() as stack:
+        writers = [stack.enter_context(Writer(path, model.run["rate"])) for path in files]
+        for writer, video in zip(writers, videos[0]):
+            writer(video)
+        frames, seconds = generate(model, cs, given, args), 0.0
+        for i in tqdm(range(new), "frames", dynamic_ncols=True):
+            begin = time.perf_counter()
+            with record() if args.routing and i + 1 == new else ExitStack() as picks:
+                frame = unfold(next(frames), chunk).cpu()
+            seconds += time.perf_counter() - begin
+            for writer, video in zip(writers, frame):
+                writer(video)
+            videos.append(frame)
+    sheet = files[0].with_name("sheet.png")
+    save_picture(sheet, film(torch.cat(videos, dim=1), 16))
+    print(f"{new * chunk * count / seconds:.1f} frames per second: {count} x {new * chunk} new frames in {seconds:.1f} s, "
+          f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted")
+    print("\n".join(f"{path}: {prompt or 'no prompt'}" for path, prompt in zip(files, prompts)) + f"\nall of them: {sheet}")
+    if args.routing:
+        show_routing(picks, model.config.layers, files[0].with_name("routing.png"))
+
+
+def show_routing(picks, layers, path):
+    """Fig. 8: how often the last frame's tokens picked each history frame, by layer, over steps, heads and tokens."""
+    share = [torch.stack([z[:, :, -1].float().mean((0, 1, 2)) for z in picks[layer::layers] if z.shape[-1] ==
+                          picks[-1].shape[-1]]).mean(0)[:-1] for layer in range(layers)]
+    share = torch.stack(share)
+    print(f"how often the last frame picks each history frame (columns: frame 0 to {share.shape[1] - 1}):")
+    for name, row in [*((f"layer {i}", row) for i, row in enumerate(share)), ("mean", share.mean(0))]:
+        print(f"{name:>8} " + " ".join(f"{z:4.2f}" for z in row.tolist()))
+    save_picture(path, draw_table(torch.cat([share, share.mean(0, keepdim=True)])))
+    print(f"as a picture, the mean last: {path}")
+
+
+def evaluate(args, model):
+    """Continue held-out sprites from two true frames and measure them; the table goes to eval.json as numbers, too."""
+    run = model.run
+    if run["data"] != "sprites":
+        raise ValueError(f"--eval needs a model of sprites, whose world is exactly known; this one learned {run['data']}")
+    chunk = model.config.chunk
+    test = Sprites(run["size"], 2 * chunk, 0, "test", run["objects"], run["wall"])
+    scores = []
+    for i in tqdm(range(0, args.videos, 16), "batches", dynamic_ncols=True):
+        indices = range(i, min(i + 16, args.videos))
+        truth, c = (torch.stack(z).to(args.device) for z in zip(*(test[j] for j in indices)))
+        made = torch.cat([fold(truth, chunk), *generate(model, [(0, c)], fold(truth, chunk), args)], dim=1)
+        scores.append(measure(unfold(made, chunk), [test.caption(j) for j in indices], run["wall"]))
+        args.seed += 1
+    scores = torch.cat(scores)
+    print(f"{len(scores)} held-out videos, {args.frames} frames, the first {2 * chunk} given, window {args.window or 'none'}, "
+          f"{args.steps} steps")
+    print(ruler_table(scores))
+    path = targets(args, ["eval"])[0].with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "frames": scores.mean(0).tolist()}))
+
+
+def main(argv):
+    args = parse(argv)
+    args.checkpoint = args.checkpoint or latest_run()
+    model = load_checkpoint(args.checkpoint).to(args.device)
+    args = settle(args, model)
+    evaluate(args, model) if args.eval else make(args, model)
+
+
+if __name__ == "__main__":
+    Parser(__doc__).guard(main, sys.argv[1:])
