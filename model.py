@@ -8,7 +8,7 @@ B videos, N noisy frames in this pass, M frames (rows: [history | noisy] of this
 P tokens in a frame (chunk · rows · columns of patches), C channels, D width, H heads, E width of a head, L words.
 """
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -67,6 +67,14 @@ def rope(width, frames, rows, columns):
     return torch.polar(torch.ones_like(angles), angles)
 
 
+@lru_cache(maxsize=64)
+def token_angles(width, chunk, frames, rows, columns, device):
+    """`rope` of the tokens of frames (a tuple of numbers): complex (M, P, E / 2), on the device."""
+    latents = (torch.tensor(frames)[:, None] * chunk + torch.arange(chunk)).flatten()
+    angles = rope(width, latents, torch.arange(rows), torch.arange(columns))
+    return angles.unflatten(0, (len(frames), chunk * rows * columns)).to(device)
+
+
 def rotate(z, angles):
     """Rotate neighbouring channels: z (..., E) real, angles (..., E / 2) complex. A second rotation adds to the first."""
     pairs = torch.view_as_complex(z.unflatten(-1, (-1, 2)))
@@ -97,7 +105,7 @@ class Cache:
                              "than the window")
         self.config, self.batch, self.frames, self.window, self.sink = config, batch, frames, window, sink
         self.seen = self.length = self.kept = 0
-        self.k = self.v = self.sink_k = None
+        self.k = self.v = self.sink_k = self.c = None
 
     @property
     def first(self):
@@ -132,6 +140,12 @@ class Cache:
             self.sink_k[layer][:, :, sink:sink + fresh.shape[2]] = rotate(fresh, self.onward(-self.first, k.device))
         return (z[layer][:, :, :self.length + n_noisy] for z in (self.k, self.v))
 
+    def words_of(self, c, make):
+        """The text's keys and values: made once for a c, and kept while it is the same tensor."""
+        if self.c is not c:
+            self.c, self.words = c, make(c)
+        return self.words
+
     def onward(self, frames, device):
         """The rotation that moves a key by so many frames."""
         here = torch.zeros(1, device=device)
@@ -164,7 +178,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, angles, past, own, put):
         """x (B, M, P, D) -> the last len(past) of its frames (B, rows, P, D); put: where keys and values go first."""
         rows = x[:, x.shape[1] - len(past):]
-        q, k, v = self.norm_q(self.q(rows)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = self.norm_q(self.q(rows).to(x.dtype)), self.norm_k(self.k(x).to(x.dtype)), self.v(x)
         q, k, v = (rearrange(z, "b m p (h e) -> b h m p e", h=self.heads) for z in (q, k, v))
         q, k = (rotate(z, angles[len(angles) - z.shape[2]:]).to(v.dtype) for z in (q, k))
         out = attend(q, *put(k, v), past, own, self.top_k)
@@ -178,12 +192,16 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, eps=config.eps) for _ in range(2))
 
-    def forward(self, x, text):
-        """x (B, M, P, D), text (B, L, D) -> (B, M, P, D). Every word is seen, the empty ones too."""
-        q, k, v = self.norm_q(self.q(x.flatten(1, 2))), self.norm_k(self.k(text)), self.v(text)
-        q, k, v = (rearrange(z, "b n (h e) -> b h n e", h=self.heads).to(v.dtype) for z in (q, k, v))
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n e -> b n (h e)")
-        return self.o(out).unflatten(1, x.shape[1:3])
+    def words(self, text):
+        """Keys and values (B, H, L, E) of text (B, L, D). Every word is seen, the empty ones too."""
+        k, v = self.norm_k(self.k(text).to(self.norm_k.weight.dtype)), self.v(text)
+        return [rearrange(z, "b l (h e) -> b h l e", h=self.heads).to(v.dtype) for z in (k, v)]
+
+    def forward(self, x, k, v):
+        """x (B, M, P, D) -> (B, M, P, D)."""
+        q = rearrange(self.norm_q(self.q(x).to(x.dtype)), "b m p (h e) -> b h (m p) e", h=self.heads).to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.o(rearrange(out, "b h (m p) e -> b m p (h e)", p=x.shape[2]))
 
 
 class Block(nn.Module):
@@ -196,14 +214,15 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
         self.eps = config.eps
 
-    def forward(self, x, e6, text, angles, past, own, put):
+    def forward(self, x, e6, words, angles, past, own, put):
         """x (B, M, P, D), e6 (B, M, 6, D) -> the last len(past) frames; only their keys and values need the others."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e6).unsqueeze(-2).unbind(2)
-        h = layer_norm(x, self.eps) * (1 + scale1) + shift1
+        h = torch.addcmul(shift1, layer_norm(x, self.eps), 1 + scale1)
         x, gate1, shift2, scale2, gate2 = (z[:, z.shape[1] - len(past):] for z in (x, gate1, shift2, scale2, gate2))
-        x = x + gate1 * self.self_attn(h, angles, past, own, put)
-        x = x + self.cross_attn(self.norm3(x), text)
-        return x + gate2 * self.ffn(layer_norm(x, self.eps) * (1 + scale2) + shift2)
+        x = torch.addcmul(x, gate1, self.self_attn(h, angles, past, own, put).to(x.dtype))
+        x = x + self.cross_attn(self.norm3(x), *words)
+        h = torch.addcmul(shift2, layer_norm(x, self.eps), 1 + scale2)
+        return torch.addcmul(x, gate2, self.ffn(h).to(x.dtype))
 
 
 class Head(nn.Module):
@@ -269,12 +288,12 @@ class CausalDiT(nn.Module):
             n_cached, start = cache.kept, cache.first
         M, N, height, width = history.shape[1], x.shape[1], x.shape[3] // config.patch, x.shape[4] // config.patch
         past, own = sparse_causal_mask(n_cached, M, N, first - start)
-        frames = torch.cat([start + n_cached + torch.arange(M), first + torch.arange(N)])
-        angles = self.angles(frames, height, width).to(x.device)
+        frames = (*range(start + n_cached, start + n_cached + M), *range(first, first + N))
+        angles = token_angles(config.dim // config.heads, config.chunk, frames, height, width, x.device)
         with torch.autocast(x.device.type, enabled=False):
             e = self.time_embedding(sinusoid(1000 * F.pad(t, (M, 0)), config.freq_dim).to(dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1))
-        text = self.text_embedding(c.to(dtype))
+        words = self.words(c.to(dtype)) if cache is None else cache.words_of(c, lambda c: self.words(c.to(dtype)))
         patches = rearrange(torch.cat([history, x], dim=1), "b m (t c) (h p) (w q) -> b m (t h w) (c p q)",
                             t=config.chunk, p=config.patch, q=config.patch)
         x = self.patch_embedding(patches.to(dtype)).to(dtype)
@@ -282,18 +301,16 @@ class CausalDiT(nn.Module):
             if layer + 1 == len(self.blocks):  # nobody reads the history's own output
                 past, own = past[M:], own[M:]
             put = (lambda k, v: (k, v)) if cache is None else partial(cache.put, layer, n_noisy=N)
-            x = block(x, e6, text, angles, past, own, put)
+            x = block(x, e6, words[layer], angles, past, own, put)
         with torch.autocast(x.device.type, enabled=False):
             v = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
         return rearrange(v, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", t=config.chunk, h=height, p=config.patch,
                          q=config.patch)
 
-    def angles(self, frames, height, width):
-        """RoPE angles of the tokens of frames (M,) -> complex (M, P, E / 2)."""
-        config = self.config
-        latents = (frames[:, None] * config.chunk + torch.arange(config.chunk)).flatten()
-        angles = rope(config.dim // config.heads, latents, torch.arange(height), torch.arange(width))
-        return angles.unflatten(0, (len(frames), config.chunk * height * width))
+    def words(self, c):
+        """Every block's keys and values of the text c (B, L, text_dim)."""
+        text = self.text_embedding(c)
+        return [block.cross_attn.words(text) for block in self.blocks]
 
     def check(self, x, c):
         config, (_, _, channels, height, width) = self.config, x.shape

@@ -128,14 +128,11 @@ class GroupedAttention(torch.autograd.Function):
         out, kept, room = torch.empty_like(q), [], GroupedAttention.KEPT
         for group in plan:
             rows, columns, _ = group
-            if any(ctx.needs_input_grad):
-                weight = weights(q, k, seen, *group)
-                part, room = weight @ take(v, columns), room - weight.numel()
-                kept += [weight] if room >= 0 else []
-            else:
-                part = F.scaled_dot_product_attention(take(q, rows), take(k, columns), take(v, columns),
-                                                      attn_mask=mask(seen, *group, q.shape[2])[1])
-            out[:, rows] = part.unflatten(1, (-1, q.shape[2]))
+            weight = weights(q, k, seen, *group)
+            out[:, rows] = (weight @ take(v, columns)).unflatten(1, (-1, q.shape[2]))
+            room -= weight.numel()
+            if room >= 0 and any(ctx.needs_input_grad):
+                kept.append(weight)
         ctx.save_for_backward(q, k, v, seen, out, *kept)
         ctx.plan = plan
         return out
@@ -158,19 +155,13 @@ class GroupedAttention(torch.autograd.Function):
 def weights(q, k, seen, rows, columns, ragged):
     """The softmax of a group, (B H, queries, keys)."""
     score = (take(q, rows) * q.shape[-1] ** -0.5) @ take(k, columns).mT
-    start, allowed = mask(seen, rows, columns, ragged, q.shape[2])
-    if allowed is not None:
-        score[..., start:].masked_fill_(~allowed[..., start:], -torch.inf)
+    seen, P = seen[:, rows][..., columns], q.shape[2]
+    ragged = ragged if seen.shape[2] == 1 else 0  # routed, every token has a choice of its own
+    if ragged < seen.shape[-1]:
+        B, n_rows, _, n_columns = seen.shape
+        by_token = seen[..., None].expand(B, n_rows, P, n_columns, P).reshape(B, n_rows * P, n_columns * P)
+        score[..., ragged * P:].masked_fill_(~by_token[..., ragged * P:], -torch.inf)
     return score.softmax(-1)
-
-
-def mask(seen, rows, columns, ragged, P):
-    """(the first key that some token does not see, (B H or 1, queries, keys) or None if all see all)."""
-    seen = seen[:, rows][..., columns]
-    ragged = ragged if seen.shape[2] == 1 else 0  # every token has a choice of its own
-    if ragged == seen.shape[-1]:
-        return None, None
-    return ragged * P, seen.repeat_interleave(P, -1).expand(-1, -1, P, -1).flatten(1, 2)
 
 
 def take(z, index):

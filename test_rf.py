@@ -312,3 +312,230 @@ def test_guidance_of_1_is_none_and_more_is_more():
     assert close(Guided(net, null, 3.0)(noise, t, c, x[:, :-1]), v_null + 3 * (v - v_null))
     by_hand = list(rollout(Guided(net, null, 1.0), noise, torch.ones(2).double(), c, 2))
     assert close(torch.cat(by_hand, 1), torch.cat(list(rollout(net, noise, torch.ones(2).double(), c, 2)), 1), 1e-9)
+
+
+# -- attention and routing -----------------------------------------------------------------------------------------
+
+
+def slow_route(q, k, past, top_k):
+    """Eq. (9) in loops."""
+    B, H, rows, P, _ = q.shape
+    chosen = torch.zeros(B, H, rows, P, k.shape[2], dtype=torch.bool)
+    for b in range(B):
+        for h in range(H):
+            for r in range(rows):
+                for p in range(P):
+                    frames = [j for j in range(k.shape[2]) if past[r, j]]
+                    score = {j: float(sum(q[b, h, r, p] * sum(k[b, h, j, s] for s in range(P)) / P)) for j in frames}
+                    for j in sorted(frames, key=lambda j: -score[j])[:top_k]:
+                        chosen[b, h, r, p, j] = True
+    return chosen
+
+
+def slow_attend(q, k, v, past, own, top_k):
+    """Eq. (8) in loops: each token alone with the frames that it sees."""
+    chosen = slow_route(q, k, past, top_k or 99)
+    B, H, rows, P, E = q.shape
+    out = []
+    for b, h, r, p in np.ndindex(B, H, rows, P):
+        frames = [j for j in range(k.shape[2]) if own[r, j] or chosen[b, h, r, p, j]]
+        keys, values = k[b, h, frames].reshape(-1, E), v[b, h, frames].reshape(-1, E)
+        out.append(torch.softmax(keys @ q[b, h, r, p] / E ** 0.5, 0) @ values)
+    return torch.stack(out).view(B, H, rows, P, E)
+
+
+PASSES = [(0, 3, 4, 0), (2, 1, 1, 3), (2, 0, 1, 2), (5, 2, 3, 4), (0, 0, 1, 0)]
+
+
+@pytest.mark.parametrize("shape", PASSES)
+@pytest.mark.parametrize("top_k", [None, 1, 2, 9])
+def test_attention_is_its_definition_outputs_and_gradients(shape, top_k):
+    torch.manual_seed(0)
+    (cached, history, noisy, _), (past, own) = shape, sparse_causal_mask(*shape)
+    q = torch.randn(2, 2, history + noisy, 3, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, cached + history + noisy, 3, 4, dtype=torch.float64, requires_grad=True) for _ in "kv")
+    towards = torch.randn_like(q)
+    results = []
+    for attention in (attend, attend_masked, slow_attend):
+        out = attention(q, k, v, past, own, top_k)
+        results.append((out, *torch.autograd.grad((out * towards).sum(), (q, k, v))))
+    for a, b, c in zip(*results):
+        assert close(a, c) and close(b, c)
+    with torch.no_grad():
+        assert close(attend(q, k, v, past, own, top_k), results[0][0]), "without gradients, too"
+
+
+def test_attention_makes_again_what_it_could_not_keep(monkeypatch):
+    past, own = sparse_causal_mask(0, 5, 6, 0)
+    q, k, v = (torch.randn(1, 2, 11, 40, 4, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    kept = torch.autograd.grad(attend(q, k, v, past, own).square().sum(), (q, k, v))
+    monkeypatch.setattr(routing.GroupedAttention, "KEPT", 30_000)
+    for a, b in zip(kept, torch.autograd.grad(attend(q, k, v, past, own).square().sum(), (q, k, v))):
+        assert close(a, b)
+
+
+def test_routing_is_equation_9():
+    torch.manual_seed(0)
+    past, own = sparse_causal_mask(1, 4, 5, 1)
+    q, k = torch.randn(2, 3, 9, 4, 6), torch.randn(2, 3, 10, 4, 6)
+    for top_k in (1, 3):
+        chosen = route(q, k, past, top_k)
+        assert torch.equal(chosen, slow_route(q, k, past, top_k))
+        assert torch.equal(chosen.sum(-1), past.sum(1).clamp(max=top_k)[:, None].expand(2, 3, 9, 4)), "up to k"
+    assert not (chosen & own[:, None]).any(), "the own frame is not counted"
+    assert (chosen[:, 0] != chosen[:, 1]).any() and (chosen[..., 0, :] != chosen[..., 1, :]).any(), "per head and token"
+    v = torch.randn_like(k)
+    assert close(attend(q, k, v, past, own, 9), attend(q, k, v, past, own), 1e-6), "k >= all is dense"
+
+
+def test_routing_scores_are_fp32_and_carry_no_gradient():
+    past, _ = sparse_causal_mask(0, 5, 6, 0)
+    q, k = torch.randn(1, 2, 11, 8, 16).bfloat16(), torch.randn(1, 2, 11, 8, 16).bfloat16()
+    assert torch.equal(route(q, k, past, 2), route(q.float(), k.float(), past, 2))
+    assert not route(q.float().requires_grad_(), k.float(), past, 2).requires_grad
+
+
+# -- the network ---------------------------------------------------------------------------------------------------
+
+
+def test_the_network_is_wan():
+    with torch.device("meta"):
+        net = CausalDiT(PRESETS["wan-1.3b"])
+    assert sum(p.numel() for p in net.parameters()) == 1_418_996_800 and len(net.state_dict()) == 825
+    names = set(net.state_dict())
+    assert {"patch_embedding.weight", "text_embedding.2.bias", "time_embedding.0.weight", "time_projection.1.weight",
+            "blocks.29.modulation", "blocks.0.self_attn.norm_q.weight", "blocks.0.cross_attn.o.bias",
+            "blocks.0.norm3.weight", "blocks.0.ffn.2.weight", "head.head.weight", "head.modulation"} <= names
+
+
+def test_a_new_network_returns_zero_and_patches_come_back_in_place():
+    torch.manual_seed(0)
+    net = CausalDiT(Config(2, 48, 96, 2, 1, 2, 3, text_dim=5))
+    x = torch.randn(1, 2, 6, 4, 6)
+    assert (net(x, torch.rand(1, 2), torch.randn(1, 3, 5), x[:, :1]) == 0).all()
+    torch.nn.init.normal_(net.head.head.weight)
+    v = net(x, torch.rand(1, 2), torch.randn(1, 3, 5), x[:, :1])
+    assert v.shape == x.shape and v.dtype == torch.float32 and v.std(dim=(0, 1)).min() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        low = net(x, torch.full((1, 2), 0.5), torch.zeros(1, 3, 5), x[:, :1])
+    high = net(x, torch.full((1, 2), 0.5), torch.zeros(1, 3, 5), x[:, :1])
+    assert low.dtype == torch.float32 and (low - high).norm() < 0.02 * high.norm()
+
+
+def test_rope_turns_by_position_and_turns_add_up():
+    here, there = (model_py.rope(32, torch.tensor([n]), torch.tensor([1]), torch.tensor([2])) for n in (3, 10))
+    q, k = torch.randn(2, 32, dtype=torch.float64)
+    moved = model_py.rope(32, torch.tensor([7]), torch.tensor([0]), torch.tensor([0]))
+    assert close(model_py.rotate(model_py.rotate(k[None], here), moved), model_py.rotate(k[None], there))
+    assert here.shape == (1, 16) and abs(here[0, 0].angle() - 3) < 1e-12, "the first pair turns by a radian per frame"
+    a = (model_py.rotate(q[None], there) * model_py.rotate(k[None], here)).sum()
+    b = (model_py.rotate(q[None], moved) * model_py.rotate(k[None], moved.conj() * moved)).sum()
+    assert close(a, b), "only the distance counts"
+
+
+@pytest.mark.parametrize("sink", [0, 1, 2])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_window_keeps_positions_in_range_and_memory_flat(sink, chunk):
+    """A windowed rollout equals one whose cache holds just sink and window, placed as in a short video."""
+    net, (_, _, _, c) = tiny(chunk, layers=1), clip(chunk)
+    noise = torch.randn(2, 9, 2 * chunk, 4, 6, dtype=torch.float64)
+    cache = net.cache(2, 9, window=4, sink=sink)
+    made, sizes = [], set()
+    for frame in rollout(net, noise, torch.ones(2).double(), c, 2, cache=cache):
+        made.append(frame)
+        if len(made) > 1:
+            sizes.add((cache.k.shape, cache.k.data_ptr()))
+        assert cache.length <= 4
+    assert len(sizes) == 1 and cache.k.shape[3] == 5 and cache.first == 4
+    keep = made[:sink] + made[8 - (4 - sink):8]
+    short = net.cache(2, 5)
+    again = list(rollout(net, noise[:, [8]], torch.ones(2).double(), c, 2, history=torch.cat(keep, 1), cache=short))
+    assert close(again[0], made[8]), "with one layer, a key does not depend on what its frame saw"
+
+
+def test_a_window_drops_at_once_what_it_would_drop_anyway():
+    net, (x, noise, _, c) = tiny(), clip()
+    cache = net.cache(2, 99, window=3, sink=1)
+    list(rollout(net, noise[:, :1], torch.ones(2).double(), c, history=x, cache=cache))
+    short = net.cache(2, 99)
+    v = list(rollout(net, noise[:, :1], torch.ones(2).double(), c, history=x[:, [0, 4, 5]], cache=short))
+    assert cache.length == 3 and cache.seen == 6
+    both = [list(rollout(net, noise[:, :1], torch.ones(2).double(), c, 2, history=h, cache=net.cache(2, 99, window=3, sink=1)))[0]
+            for h in (x, x[:, [0, 4, 5]])]
+    assert close(*both) and v[0].shape == noise[:, :1].shape
+
+
+def test_a_cache_says_when_it_is_full_or_foreign():
+    net, (x, x_t, t, c) = tiny(), clip()
+    with pytest.raises(ValueError, match="6 finished frames in a cache for 3"):
+        net(x_t[:, :1], t[:, :1], c, x, net.cache(2, 3), first=6)
+    with pytest.raises(ValueError, match="sink"):
+        net.cache(2, 3, window=2, sink=2)
+    with pytest.raises(ValueError, match="a pass of 2 videos on a cache for 4"):
+        net(x_t[:, :1], t[:, :1], c, x[:, :1], net.cache(4, 3), first=1)
+
+
+def test_flops_are_those_that_run():
+    from torch.utils.flop_counter import FlopCounterMode
+    config = Config(3, 64, 128, 2, 3, 4, 1, text_dim=20)
+    net, x = CausalDiT(config), torch.randn(1, 3, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        net(x, torch.rand(1, 3), torch.randn(1, 5, 20), x[:, :-1])
+    counted, stated = counter.get_total_flops(), model_py.forward_flops(config, 2, 3, 32, 32, 5)
+    assert stated <= counted <= 1.15 * stated, "the rest is what groups of rows with unlike pasts spend on masked frames"
+
+
+# -- the world of sprites and its ruler ----------------------------------------------------------------------------
+
+
+def test_sprites_are_a_function_of_seed_split_and_index():
+    a, b = Sprites(seed=1), Sprites(seed=1)
+    assert torch.equal(a[5][0], b[5][0]) and torch.equal(a[5][1], b[5][1])
+    others = [Sprites(seed=2)[5], Sprites(seed=1, split="test")[5], a[6]]
+    assert all(not torch.equal(a[5][0], other[0]) for other in others)
+    assert torch.equal(a.video(5, 40)[:12], a.video(5)) and a[5][0].abs().max() <= 1
+    assert {a.caption(i) for i in range(200)}.isdisjoint({""}) and len({a.caption(i) for i in range(200)}) > 50
+
+
+def test_sprites_move_straight_and_bounce():
+    world = Sprites()
+    for i in range(20):
+        _, _, at = world.scene(i, 40)
+        step = at[1:] - at[:-1]
+        margin = data.radius_of(16, False)
+        assert at.min() >= margin - 1e-4 and at.max() <= 16 - margin + 1e-4
+        turned = (step[1:] - step[:-1]).abs() > 1e-3
+        assert not (turned & ((at[1:-1] - 8).abs() < 8 - margin - 1.3)).any(), "a turn far from the edges"
+        assert (step.norm(dim=-1) <= data.SPEED[1] * 16 + 1e-3).all()
+
+
+def test_words_bind_and_nothing_is_zero():
+    words = Sprites().words
+    a, b = words("red circle and blue square"), words("blue circle and red square")
+    assert a.shape == (5, words.text_dim) and not torch.equal(a.sum(0), b.sum(0)), "even a sum of rows tells them apart"
+    assert (words("") == 0).all() and torch.equal(words("Red  circle!"), words("red circle"))
+    assert (Sprites(withheld=1.0)[0][1] == 0).all()
+
+
+def test_the_ruler_gives_truth_100_and_noise_0():
+    world = Sprites(split="test")
+    video, captions = torch.stack([world.video(i, 18) for i in range(6)]), [world.caption(i) for i in range(6)]
+    truth = measure(video, captions).nanmean((0, 1))
+    assert (truth > 95).all(), truth
+    torch.manual_seed(0)
+    noise = measure(torch.rand_like(video) * 2 - 1, captions).nanmean((0, 1))
+    assert (noise < 8).all(), noise
+    assert (measure(video[:, :1].expand_as(video), captions)[:, 2:, 1].nanmean() < 25), "standing still is not moving"
+
+
+def test_the_ruler_tells_pixels_motion_and_names_apart():
+    world = Sprites(split="test")
+    video, captions = torch.stack([world.video(i, 18) for i in range(6)]), [world.caption(i) for i in range(6)]
+    truth = measure(video, captions).nanmean((0, 1))
+    wrong = measure(video, captions[1:] + captions[:1]).nanmean((0, 1))
+    assert wrong[2] < 60 and wrong[0] > truth[0] - 3
+    shuffled = measure(video[:, torch.randperm(18)], captions).nanmean((0, 1))
+    assert shuffled[1] < 20 and shuffled[0] > truth[0] - 3 and shuffled[2] > truth[2] - 5
+    soft = torch.nn.functional.avg_pool2d(video.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(video)
+    soft = measure(soft, captions).nanmean((0, 1))
+    assert soft[0] < truth[0] - 20 and soft[2] > truth[2] - 15
