@@ -13,7 +13,6 @@ from collections import OrderedDict
 from itertools import islice
 from pathlib import Path
 
-import imageio.v2
 import imageio.v3 as iio
 import numpy as np
 import torch
@@ -502,7 +501,7 @@ class Videos(Folder):
                 next(read_frames(path, size))
                 meta, shape = iio.immeta(path, plugin="pyav"), iio.improps(path, plugin="pyav").shape
             except Exception as error:
-                print(f"warning: skipping {path}: {one_line(error)}")
+                print(f"warning: skipped: {one_line(error)}")
                 bad += 1
                 continue
             length = int(meta["duration"] * fps + 1e-3) if fps else shape[0] or round(meta["duration"] * meta["fps"])
@@ -530,10 +529,10 @@ class Videos(Folder):
             try:
                 clip = np.stack(list(read_frames(self.files[number], self.size, self.rate, self.stride)))
                 if len(clip) < self.frames:
-                    raise ValueError(f"only {len(clip)} of its frames can be decoded")
+                    raise ValueError(f"{self.files[number]}: only {len(clip)} frames can be decoded")
             except ValueError as error:
                 self.broken[number] = True
-                print(f"warning: skipping {self.files[number]}: {one_line(error)}")
+                print(f"warning: skipped from now on: {one_line(error)}")
                 return None
             self.decoded[number] = clip
             while len(self.decoded) > 1 and sum(z.nbytes for z in self.decoded.values()) > self.memory:
@@ -626,21 +625,20 @@ def enlarge(frames, height=128):
 
 
 class Writer:
-    """Writes a video as its frames come: `with Writer("out.mp4", fps) as out: out(frames)`; .mp4 or .gif.
+    """Writes a video as its frames come: `with Writer("out.mp4", fps) as out: out(frames)`.
 
-    The file appears under its name when it is complete."""
+    An .mp4 grows frame by frame; a .gif is put together at the end, since its frames share their colours. Either
+    appears under its name when it is complete. Raises ValueError for other endings."""
 
     def __init__(self, path, fps=8.0):
-        self.path, self.fps = Path(path), fps
+        self.path, self.fps, self.frames = Path(path), fps, []
         if self.path.suffix not in (".mp4", ".gif"):
             raise ValueError(f"{path}: videos are written as .mp4 or .gif")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.part = self.path.with_name("." + self.path.name)
 
     def __enter__(self):
-        if self.path.suffix == ".gif":
-            self.file = imageio.v2.get_writer(self.part, format="GIF-PIL", mode="I", duration=1000 / self.fps, loop=0)
-        else:
+        if self.path.suffix == ".mp4":
             self.file = iio.imopen(self.part, "w", plugin="pyav", extension=".mp4")
             self.file.init_video_stream("libx264", fps=self.fps)
         return self
@@ -648,13 +646,16 @@ class Writer:
     def __call__(self, video):
         """Append frames (T, 3, height, width) in [-1, 1]."""
         for frame in enlarge(to_bytes(video)):
-            if self.path.suffix == ".gif":
-                self.file.append_data(frame)
-            else:
+            if self.path.suffix == ".mp4":
                 self.file.write_frame(frame[:len(frame) // 2 * 2, :frame.shape[1] // 2 * 2])
+            else:
+                self.frames.append(frame)
 
     def __exit__(self, kind, *_):
-        self.file.close()
+        if self.path.suffix == ".mp4":
+            self.file.close()
+        elif kind is None:
+            iio.imwrite(self.part, np.stack(self.frames), plugin="pillow", duration=1000 / self.fps, loop=0)
         if kind is None:
             self.part.replace(self.path)
         else:

@@ -68,17 +68,19 @@ def rope(width, frames, rows, columns):
 
 
 @lru_cache(maxsize=64)
-def token_angles(width, chunk, frames, rows, columns, device):
-    """`rope` of the tokens of frames (a tuple of numbers): complex (M, P, E / 2), on the device."""
+def token_angles(width, chunk, frames, rows, columns, device, dtype):
+    """`rope` of the tokens of frames (a tuple of numbers): complex (M, P, E / 2), as precise as dtype (at least fp32)."""
     latents = (torch.tensor(frames)[:, None] * chunk + torch.arange(chunk)).flatten()
     angles = rope(width, latents, torch.arange(rows), torch.arange(columns))
-    return angles.unflatten(0, (len(frames), chunk * rows * columns)).to(device)
+    angles = angles.unflatten(0, (len(frames), chunk * rows * columns))
+    return angles.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
 
 
 def rotate(z, angles):
     """Rotate neighbouring channels: z (..., E) real, angles (..., E / 2) complex. A second rotation adds to the first."""
-    pairs = torch.view_as_complex(z.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * angles.to(pairs.dtype)).flatten(-2)
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles.to(pairs.dtype)).flatten(-2).to(z.dtype)
 
 
 def sinusoid(t, dim):
@@ -179,10 +181,9 @@ class SelfAttention(nn.Module):
         """x (B, M, P, D) -> the last len(past) of its frames (B, rows, P, D); put: where keys and values go first."""
         rows = x[:, x.shape[1] - len(past):]
         q, k, v = self.norm_q(self.q(rows).to(x.dtype)), self.norm_k(self.k(x).to(x.dtype)), self.v(x)
-        q, k, v = (rearrange(z, "b m p (h e) -> b h m p e", h=self.heads) for z in (q, k, v))
+        q, k, v = (split(z, self.heads) for z in (q, k, v))
         q, k = (rotate(z, angles[len(angles) - z.shape[2]:]).to(v.dtype) for z in (q, k))
-        out = attend(q, *put(k, v), past, own, self.top_k)
-        return self.o(rearrange(out, "b h m p e -> b m p (h e)"))
+        return self.o(join(attend(q, *put(k, v), past, own, self.top_k)))
 
 
 class CrossAttention(nn.Module):
@@ -195,13 +196,22 @@ class CrossAttention(nn.Module):
     def words(self, text):
         """Keys and values (B, H, L, E) of text (B, L, D). Every word is seen, the empty ones too."""
         k, v = self.norm_k(self.k(text).to(self.norm_k.weight.dtype)), self.v(text)
-        return [rearrange(z, "b l (h e) -> b h l e", h=self.heads).to(v.dtype) for z in (k, v)]
+        return [split(z, self.heads).to(v.dtype) for z in (k, v)]
 
     def forward(self, x, k, v):
         """x (B, M, P, D) -> (B, M, P, D)."""
-        q = rearrange(self.norm_q(self.q(x).to(x.dtype)), "b m p (h e) -> b h (m p) e", h=self.heads).to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.o(rearrange(out, "b h (m p) e -> b m p (h e)", p=x.shape[2]))
+        q = split(self.norm_q(self.q(x).to(x.dtype)).flatten(1, 2), self.heads).to(v.dtype)
+        return self.o(join(F.scaled_dot_product_attention(q, k, v))).unflatten(1, x.shape[1:3])
+
+
+def split(z, heads):
+    """(B, ..., D) -> (B, H, ..., E): einops would say it better, but takes as long as the attention of a small model."""
+    return z.unflatten(-1, (heads, -1)).movedim(-2, 1)
+
+
+def join(z):
+    """`split` undone."""
+    return z.movedim(1, -2).flatten(-2)
 
 
 class Block(nn.Module):
@@ -289,7 +299,7 @@ class CausalDiT(nn.Module):
         M, N, height, width = history.shape[1], x.shape[1], x.shape[3] // config.patch, x.shape[4] // config.patch
         past, own = sparse_causal_mask(n_cached, M, N, first - start)
         frames = (*range(start + n_cached, start + n_cached + M), *range(first, first + N))
-        angles = token_angles(config.dim // config.heads, config.chunk, frames, height, width, x.device)
+        angles = token_angles(config.dim // config.heads, config.chunk, frames, height, width, x.device, dtype)
         with torch.autocast(x.device.type, enabled=False):
             e = self.time_embedding(sinusoid(1000 * F.pad(t, (M, 0)), config.freq_dim).to(dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1))

@@ -90,7 +90,7 @@ def generate(model, cs, given, args):
     for (_, c), end in zip(cs, [start // chunk for start, _ in cs[1:]] + [frames]):
         if end <= len(done):
             continue
-        guided = model if args.guidance == 1 else Guided(model, torch.zeros_like(c[:1]), args.guidance)
+        guided = model if args.guidance == 1 or not c.any() else Guided(model, torch.zeros_like(c[:1]), args.guidance)
         x = torch.randn(len(given), end - len(done), *given.shape[2:], generator=noise).to(given.device)
         cache = guided.cache(len(given), end, window=args.window or None, sink=args.sink)
         t = torch.ones(len(given), device=given.device)
@@ -150,7 +150,7 @@ def make(args, model):
             for writer, video in zip(writers, frame):
                 writer(video)
             videos.append(frame)
-    sheet = files[0].with_name("sheet.png")
+    sheet = files[0].with_suffix(".png") if count == 1 else files[0].with_name("sheet.png")
     save_picture(sheet, film(torch.cat(videos, dim=1), 16))
     print(f"{new * chunk * count / seconds:.1f} frames per second: {count} x {new * chunk} new frames in {seconds:.1f} s, "
           f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted")

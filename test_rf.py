@@ -326,7 +326,7 @@ def slow_route(q, k, past, top_k):
             for r in range(rows):
                 for p in range(P):
                     frames = [j for j in range(k.shape[2]) if past[r, j]]
-                    score = {j: float(sum(q[b, h, r, p] * sum(k[b, h, j, s] for s in range(P)) / P)) for j in frames}
+                    score = {j: (q[b, h, r, p] * sum(k[b, h, j, s] for s in range(P)) / P).sum().item() for j in frames}
                     for j in sorted(frames, key=lambda j: -score[j])[:top_k]:
                         chosen[b, h, r, p, j] = True
     return chosen
@@ -539,3 +539,397 @@ def test_the_ruler_tells_pixels_motion_and_names_apart():
     soft = torch.nn.functional.avg_pool2d(video.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(video)
     soft = measure(soft, captions).nanmean((0, 1))
     assert soft[0] < truth[0] - 20 and soft[2] > truth[2] - 15
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def run_train(folder, *flags):
+    train.main([*TINY, "--out", str(folder), *flags])
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def test_the_loss_falls_on_one_clip():
+    torch.manual_seed(0)
+    net = CausalDiT(Config(dim=64, ffn_dim=128, heads=2, layers=2))
+    x, c = (z[None].expand(4, *z.shape) for z in Sprites(frames=3)[0])
+    optimizer, losses = torch.optim.AdamW(net.parameters(), lr=3e-3), []
+    for _ in range(120):
+        loss = flow_matching_loss(net, x, c, x[:, :-1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.2 and np.mean(losses[-10:]) < 0.25 * losses[0]
+
+
+def test_a_run_leaves_what_design_says(tmp_path, capsys):
+    state = run_train(tmp_path / "run", "--steps", "3", "--warmup", "1", "--sample-every", "2")
+    assert state["step"] == 3 and json.loads((tmp_path / "run/config.json").read_text())["history"] == "resample"
+    entries = log_of(tmp_path / "run")
+    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3] and any("held_out_loss" in e for e in entries)
+    seconds = [e["history_seconds"] for e in entries if "loss" in e]
+    assert seconds[0] < min(seconds[1:]) / 2, "the warm-up step took its history as it was"
+    for name in ("step_000002.gif", "step_000002.png", "final.gif", "final.png"):
+        assert (tmp_path / "run/samples" / name).stat().st_size > 100
+    assert iio.imread(tmp_path / "run/samples/final.gif").shape[0] == 16
+    out = capsys.readouterr().out
+    assert "parameters" in out and "FLOPs per step" in out and "Temporal" in out and "0-15" in out
+
+
+@pytest.mark.parametrize("stopped", [2, 3])
+def test_resume_is_exact_across_the_warm_up(tmp_path, stopped, monkeypatch):
+    flags = ["--warmup", "3", "--history", "resample", "--ema", "0.9", "--accumulate", "2"]
+    whole = run_train(tmp_path / "whole", "--steps", "6", *flags)
+    saved = train.save
+
+    class Killed(Exception):
+        pass
+
+    def save_and_die(*args):
+        saved(*args)
+        raise Killed
+    monkeypatch.setattr(train, "save", save_and_die)
+    with pytest.raises(Killed):
+        run_train(tmp_path / "halves", "--steps", "6", "--save-every", str(stopped), *flags)
+    monkeypatch.setattr(train, "save", saved)
+    train.main(["--resume", "--out", str(tmp_path / "halves")])
+    halves = torch.load(tmp_path / "halves/ckpt.pt", weights_only=True)
+    for key in ("model", "ema", "optimizer", "step", "config"):
+        assert same(whole[key], halves[key]), key
+    losses = [[e["loss"] for e in log_of(tmp_path / name) if "loss" in e] for name in ("whole", "halves")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_three_steps_and_three_more_are_six(tmp_path):
+    """With the learning rate still rising, --steps is only where to stop."""
+    whole = run_train(tmp_path / "whole", "--steps", "6", "--warmup", "2", "--lr-warmup", "10")
+    run_train(tmp_path / "part", "--steps", "3", "--warmup", "2", "--lr-warmup", "10")
+    train.main(["--resume", "--out", str(tmp_path / "part"), "--steps", "6"])
+    assert same(whole["model"], torch.load(tmp_path / "part/ckpt.pt", weights_only=True)["model"])
+
+
+def start(*command, cwd):
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def test_sigterm_saves_and_resume_finds_the_latest(tmp_path):
+    process = start(HERE / "train.py", *TINY, "--steps", "100000", cwd=tmp_path)
+    log = tmp_path / "runs/001/log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.1)
+        assert process.poll() is None, process.stdout.read()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "go on with: python train.py --resume" in out
+    step = torch.load(tmp_path / "runs/001/ckpt.pt", weights_only=True)["step"]
+    process = start(HERE / "train.py", "--resume", "--steps", step + 2, cwd=tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and torch.load(tmp_path / "runs/001/ckpt.pt", weights_only=True)["step"] == step + 2, out
+
+
+def test_two_processes_are_one(tmp_path):
+    flags = [*TINY, "--batch", "4", "--steps", "3", "--warmup", "1", "--accumulate", "1"]
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    process = start("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29512", HERE / "train.py",
+                    *flags, "--out", tmp_path / "two", cwd=tmp_path)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    one, two = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("one", "two"))
+    assert one["model"].keys() == two["model"].keys()
+    for key in one["model"]:
+        assert close(one["model"][key], two["model"][key], 2e-4), key
+    for a, b in zip(log_of(tmp_path / "one")[:3], log_of(tmp_path / "two")[:3]):
+        assert abs(a["loss"] - b["loss"]) < 1e-4
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path, monkeypatch):
+    before = run_train(tmp_path / "run", "--steps", "2")
+    monkeypatch.setattr(train, "flow_matching_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(ValueError, match=r"at step 2: the weights were not touched; the last good checkpoint is .*ckpt.pt"):
+        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "4"])
+    assert same(before, torch.load(tmp_path / "run/ckpt.pt", weights_only=True))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    before = run_train(tmp_path / "run", "--steps", "2")
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="could not save step 3.*No space left.*--resume"):
+        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])
+    assert same(before, torch.load(tmp_path / "run/ckpt.pt", weights_only=True))
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_init_starts_a_new_stage(tmp_path):
+    first = run_train(tmp_path / "one", "--steps", "2")
+    train.main([*TINY, "--out", str(tmp_path / "two"), "--init", str(tmp_path / "one"), "--steps", "1", "--lr", "1e-12",
+                "--top-k", "1"])
+    second = torch.load(tmp_path / "two/ckpt.pt", weights_only=True)
+    assert second["step"] == 1 and second["config"]["top_k"] == 1
+    assert all(close(first["ema"][k], second["model"][k], 1e-6) for k in first["ema"])
+
+
+@pytest.mark.parametrize("flags", [["--history", "noise"], ["--history", "parallel", "--resample-steps", "2"],
+                                   ["--history", "teacher"], ["--chunk", "2", "--top-k", "1"], ["--wall"],
+                                   ["--frames", "12", "--chunk", "3"], ["--precision", "bf16"]])
+def test_every_way_to_train(tmp_path, flags):
+    run_train(tmp_path / "run", "--steps", "2", "--warmup", "1", *flags)
+    assert all(np.isfinite(e["loss"]) for e in log_of(tmp_path / "run") if "loss" in e)
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that was trained a little, and routes."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train.main([*TINY, "--out", str(folder), "--steps", "2", "--warmup", "1", "--top-k", "2"])
+    return folder
+
+
+def test_prompts_become_videos_of_any_length(trained, tmp_path, capsys):
+    sample.main(["red circle", "blue square", "--checkpoint", str(trained), "--out", str(tmp_path), "--frames", "9",
+                 "--steps", "2", "--window", "3", "--sink", "1", "--samples", "2"])
+    videos = sorted(tmp_path.glob("*.mp4"))
+    assert len(videos) == 4 and all(len(iio.imread(path)) == 9 for path in videos) and (tmp_path / "sheet.png").exists()
+    assert re.search(r"[\d.]+ frames per second: 4 x 9 new frames", capsys.readouterr().out)
+    again = tmp_path / "again"
+    sample.main(["red circle", "blue square", "--checkpoint", str(trained), "--out", str(again), "--frames", "9",
+                 "--steps", "2", "--window", "3", "--sink", "1", "--samples", "2"])
+    assert all((again / path.name).read_bytes() == path.read_bytes() for path in videos), "the seed decides"
+
+
+def test_a_clip_is_continued_and_the_prompt_switched(trained, tmp_path):
+    clip_path = tmp_path / "clip.gif"
+    with Writer(clip_path, 8) as out:
+        out(Sprites(size=8).video(3, 6))
+    sample.main(["red circle", "--then", "8", "blue square", "--given", str(clip_path), "--checkpoint", str(trained), "--out",
+                 str(tmp_path / "on.gif"), "--frames", "10", "--steps", "2"])
+    made, given = read_video(tmp_path / "on.gif", 8), read_video(clip_path, 8)
+    assert len(made) == 10 and (made[:6] - given).abs().mean() < 0.1 and (made[6:] - made[5]).abs().mean() > 0.1
+
+
+def test_a_switched_prompt_is_a_new_rollout_on_all_there_is(trained):
+    net = load_checkpoint(trained)
+    args = sample.settle(sample.parse(["--frames", "6", "--steps", "2", "--guidance", "1", "--window", "0"]), net)
+    words = Words(*net.run["words"])
+    a, b = words("red circle")[None], words("blue square")[None]
+    given = torch.zeros(1, 0, 3, 8, 8)
+    made = torch.cat(list(sample.generate(net, [(0, a), (4, b)], given, args)), 1)
+    noise = torch.Generator().manual_seed(0)
+    first = torch.cat(list(rollout(net, torch.randn(1, 4, 3, 8, 8, generator=noise), torch.ones(1), a, 2)), 1)
+    then = list(rollout(net, torch.randn(1, 2, 3, 8, 8, generator=noise), torch.ones(1), b, 2, history=first))
+    assert close(made, torch.cat([first, *then], 1), 1e-5)
+
+
+def test_evaluation_and_routing_are_written(trained, tmp_path, capsys):
+    sample.main(["--eval", "--videos", "2", "--frames", "9", "--steps", "1", "--checkpoint", str(trained), "--out",
+                 str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "2 held-out videos" in out and re.search(r"0-2 .*±.*±.*±", out)
+    assert np.array(json.loads((tmp_path / "eval.json").read_text())["frames"]).shape == (9, 3)
+    sample.main(["--routing", "--frames", "6", "--window", "0", "--steps", "2", "--checkpoint", str(trained), "--out",
+                 str(tmp_path)])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(("layer", "mean"))]
+    shares = [float(z) for z in rows[0].split()[2:]]
+    assert len(rows) == 2 and len(shares) == 5 and abs(sum(shares) - 2) < 0.03, "each token picks top_k frames"
+    assert iio.imread(tmp_path / "routing.png").ndim == 3
+
+
+# -- real input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """A folder of small videos in four formats, one caption, one short and one broken file."""
+    folder = tmp_path / "clips"
+    for i, name in enumerate(("a.mp4", "b.gif", "c.mp4")):
+        with Writer(folder / name, 10) as out:
+            out(Sprites(size=16).video(i, 14))
+    (folder / "a.txt").write_text("A red Circle, moving")
+    with Writer(folder / "short.gif", 10) as out:
+        out(Sprites(size=16).video(7, 3))
+    (folder / "broken.mp4").write_bytes(b"not a video at all")
+    return folder
+
+
+def test_a_folder_of_videos_is_read_and_its_bad_files_named(clips, capsys):
+    videos = Videos(clips, 16, 8)
+    out = capsys.readouterr().out
+    assert out.count("broken.mp4") == 1 and "skipping 1 of 4 clips, shorter than 8 frames" in out
+    assert [p.name for p in videos.files] == ["a.mp4", "b.gif", "c.mp4"] and videos.fps == 10
+    video, c = videos[0]
+    assert video.shape == (8, 3, 16, 16) and torch.equal(video, Videos(clips, 16, 8)[0][0])
+    seen = [videos.choose(i)[0] for i in range(6)]
+    assert sorted(seen[:3]) == sorted(seen[3:]) == [0, 1, 2], "no file twice in a round"
+    assert videos.words.vocabulary == ["a", "circle", "moving", "red"]
+    assert (videos.text_of(0) != 0).any() and (videos.text_of(1) == 0).all()
+    assert len(read_video(clips / "a.mp4", 16, fps=5)) == 7 and len(read_video(clips / "a.mp4", 16, stride=3)) == 5
+    assert len(Videos(clips, 16, 5, stride=2)[1][0]) == 5
+
+
+def test_a_file_that_breaks_later_is_named_once_and_replaced(clips, capsys):
+    videos = Videos(clips, 16, 8)
+    (clips / "a.mp4").write_bytes(b"gone")
+    capsys.readouterr()
+    assert all(videos[i][0].shape == (8, 3, 16, 16) for i in range(9))
+    assert capsys.readouterr().out.count("a.mp4") == 1
+
+
+def test_training_on_a_folder_and_continuing_from_its_words(clips, tmp_path, capsys):
+    run_train(tmp_path / "run", "--data", str(clips), "--size", "16", "--steps", "2", "--workers", "1")
+    sample.main(["a red circle", "--checkpoint", str(tmp_path / "run"), "--given", str(clips / "b.gif"), "--given-frames", "3",
+                 "--frames", "6", "--steps", "1", "--out", str(tmp_path / "o.mp4")])
+    assert len(iio.imread(tmp_path / "o.mp4")) == 6
+    with pytest.raises(ValueError, match='unknown word "dog".*circle'):
+        sample.main(["a dog", "--checkpoint", str(tmp_path / "run")])
+
+
+def test_training_on_latents(tmp_path):
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    for i in range(3):
+        np.savez(folder / f"{i}.npz", latents=np.random.default_rng(i).normal(size=(6 + i, 4, 4, 8)).astype(np.float16),
+                 text=np.ones((2 + i, 7), np.float16))
+    latents = Latents(folder, 6)
+    video, c = latents[0]
+    assert video.shape == (6, 4, 4, 8) and c.shape == (4, 7) and video.dtype == torch.float32
+    assert torch.equal(latents[5][0], Latents(folder, 6)[5][0])
+    state = run_train(tmp_path / "run", "--data", str(folder), "--frames", "6", "--chunk", "3", "--patch", "2", "--steps", "2")
+    assert state["config"]["channels"] == 4 and state["config"]["text_dim"] == 7
+
+
+# -- bad input: one line, no traceback, nothing overwritten ----------------------------------------------------------
+
+
+def bad_latents(folder, **arrays):
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / f"{len(list(folder.iterdir()))}.npz", **arrays)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere"], "nowhere is not a folder.*sprites"),
+    (["--data", "empty"], "empty holds no videos"),
+    (["--data", "foreign"], "no clip in foreign has 4 frames.*1 cannot be read"),
+    (["--data", "clips", "--frames", "99"], "no clip in clips has 99 frames.*the longest has 14"),
+    (["--data", "keys"], "keys/0.npz holds .*wanted `latents`"),
+    (["--data", "mixed"], "mixed/1.npz holds latents .*same channels"),
+    (["--data", "fake"], "fake/0.npz is not a readable .npz"),
+    (["--size", "18"], "--size 18 x 18 is not divisible by the patch, 4; 20 would work"),
+    (["--dim", "50", "--heads", "4"], "dim 50 cannot be split into 4 heads"),
+    (["--frames", "7", "--chunk", "3"], "--frames 7 does not make.*9 would"),
+    (["--batch", "3", "--accumulate", "2"], "--batch 3 cannot be shared by 1 processes in 2 passes; 4 could"),
+    (["--patch", "8", "--size", "16"], "a patch holds 192 values, more than the width 48"),
+    (["--out", "full"], "full already holds another run.*--resume"),
+    (["--init", "nowhere"], "no checkpoint at nowhere"),
+    (["--init", "junk.pt"], "junk.pt is not a whole checkpoint"),
+    (["--init", "cut"], "cut/ckpt.pt is not a whole checkpoint"),
+    (["--init", "full", "--dim", "96"], "the model of full has another shape: dim is 48 there and 96 here"),
+    (["--init", "full", "--data", "texts", "--patch", "2", "--frames", "4"], "another shape.*text_dim is 20 there and 9 here"),
+    (["--objects", "9"], "9 sprites"),
+])
+def test_bad_input_to_training(flags, message, clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "foreign", "fake", "cut", "full"):
+        Path(name).mkdir()
+    Path("foreign/notes.mp4").write_text("hello")
+    bad_latents(Path("keys"), pictures=np.zeros((4, 3, 8, 8)))
+    bad_latents(Path("mixed"), latents=np.zeros((4, 3, 8, 8)))
+    bad_latents(Path("mixed"), latents=np.zeros((4, 5, 8, 8)))
+    bad_latents(Path("texts"), latents=np.zeros((4, 3, 8, 8)), text=np.zeros((2, 9)))
+    Path("fake/0.npz").write_text("no zip")
+    Path("junk.pt").write_text("junk")
+    if "full" in flags or "cut" in flags:
+        run_train(Path("full"), "--steps", "1", "--frames", "2")
+        Path("cut/ckpt.pt").write_bytes(Path("full/ckpt.pt").read_bytes()[:2000])
+    before = sorted(path for path in Path(".").rglob("*"))
+    with pytest.raises(ValueError, match=message) as error:
+        train.main([*TINY, *flags])
+    assert "\n" not in str(error.value) and sorted(path for path in Path(".").rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags", [["--top-k", "0"], ["--lr", "nan"], ["--lr", "-1"], ["--steps", "-3"], ["--shift", "0"],
+                                   ["--batch", "2.5"], ["--resample-share", "1.5"], ["--ema", "inf"], ["--history", "magic"],
+                                   ["--frames", "ten"]])
+def test_bad_flags_are_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse(flags)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and flags[0] in err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["purple circle"], 'unknown word "purple".*red'),
+    (["--frames", "9", "--given", "missing.mp4"], "missing.mp4 cannot be read"),
+    (["--frames", "2", "--given", "clip.gif"], "clip.gif has 5 frames; wanted .* fewer than --frames 2"),
+    (["--then", "99", "red circle", "--frames", "8"], "--then 99"),
+    (["--window", "2", "--sink", "2"], "--sink 2 leaves no room"),
+    (["--out", "video.avi"], "video.avi"),
+])
+def test_bad_input_to_sampling(flags, message, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Writer("clip.gif") as out:
+        out(Sprites(size=8).video(0, 5))
+    with pytest.raises(ValueError, match=message):
+        sample.main([*flags, "--checkpoint", str(trained), "--steps", "1"])
+    assert sorted(os.listdir()) == ["clip.gif"]
+
+
+def test_scripts_end_in_one_line_without_a_traceback(tmp_path):
+    for command in (["train.py", "--data", "nowhere"], ["sample.py", "--checkpoint", "nowhere"], ["train.py", "--resume"]):
+        process = start(HERE / command[0], *command[1:], cwd=tmp_path)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 2 and out.count("\n") == 1 and "Traceback" not in out, out
+
+
+# -- the README ----------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_points_at_things_that_exist():
+    text = (HERE / "README.md").read_text()
+    modules = {"rf": rf, "routing": routing, "model": model_py, "data": data, "train": train, "sample": sample}
+    rows = re.findall(r"^\|.*?`(\w+)\.(\w+)`", text, re.M)
+    assert len(rows) >= 9 and all(hasattr(modules[file], name) for file, name in rows), rows
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        assert (HERE / path).exists(), path
+    for number in range(2, 10):
+        assert any(f"Eq. ({number})" in (HERE / f"{file}.py").read_text() or f"Eqs. (2) and ({number})" in
+                   (HERE / f"{file}.py").read_text() or f"Eqs. ({number})" in (HERE / f"{file}.py").read_text()
+                   for file in ("rf", "routing")), number
+
+
+def test_the_readme_commands_parse():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    commands = [line.split(" #")[0].split("&&")[-1].strip() for block in blocks
+                for line in block.replace("\\\n", " ").splitlines()]
+    parsed = 0
+    for command in commands:
+        words = shlex.split(command)
+        for script, parse in (("train.py", train.parse), ("sample.py", sample.parse)):
+            if script in words:
+                flags = words[words.index(script) + 1:]
+                parse([flag for flag in flags if flag != "--resume"])
+                parsed += 1
+    assert parsed >= 6 and "pip install -r requirements.txt && pytest" in "\n".join(
+        line.strip() for block in blocks for line in block.splitlines())
+    assert "pip install -r requirements.txt && pytest" in (HERE / ".ci/run").read_text()

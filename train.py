@@ -58,15 +58,15 @@ def parse(argv):
     add("--patch", None, "pixels along a side of a token (default: the preset's)", type=positive)
     add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
     add("--history", "resample", "what the frames see of their past, after the warm-up (Table 2)", choices=HISTORY)
-    add("--warmup", 2000, "steps of teacher forcing before that", type=natural)
-    add("--steps", 3000, "optimizer steps in all", type=positive)
+    add("--warmup", 1800, "steps of teacher forcing before that", type=natural)
+    add("--steps", 3200, "optimizer steps in all", type=positive)
     add("--shift", 0.6, "s of Eq. (7): below 1, the resampled history stays nearer to the truth", type=plus)
     add("--resample-steps", 1, "Euler steps from t_s to 0, Eq. (5)", type=positive)
     add("--resample-share", 1.0, "share of the batches whose history is redrawn", type=share)
     add("--noise", 0.3, 'largest noise level of --history noise', type=share)
     add("--time-shift", 1.0, "shift of the noise levels t in the loss, Eqs. (4) and (7) (Wan: 3 to 5)", type=plus)
     add("--drop", 0.1, "share of the clips whose text is dropped, for guidance", type=share)
-    add("--batch", 4, "clips per optimizer step, over all processes", type=positive)
+    add("--batch", 6, "clips per optimizer step, over all processes", type=positive)
     add("--accumulate", 1, "passes that share an optimizer step", type=positive)
     add("--lr", 4e-3, "peak learning rate", type=plus)
     add("--lr-warmup", 100, "steps in which the learning rate rises", type=natural)
@@ -77,7 +77,7 @@ def parse(argv):
     add("--init", None, "start from the weights of another run (its folder or ckpt.pt)", type=Path)
     add("--resume", False, "go on with --out, or with the latest run under runs/", action="store_true")
     add("--save-every", 500, "steps between checkpoints", type=positive)
-    add("--sample-every", 1000, "steps between pictures and held-out losses", type=positive)
+    add("--sample-every", 500, "steps between pictures and held-out losses", type=positive)
     add("--sample-steps", 8, "Euler steps per frame in these", type=positive)
     add("--workers", None, "processes that decode videos (default: 2; sprites need none)", type=natural)
     add("--precision", None, "fp32 or bf16 autocast (default: bf16 on CUDA)", choices=("fp32", "bf16"))
@@ -206,9 +206,15 @@ def batches(data, start, rank, world, args, device):
     mine = [range(i, i + local) for i in range(start * args.batch + rank * local, args.steps * args.batch, args.batch)]
     workers = args.workers if args.workers is not None else 0 if args.data == "sprites" else 2
     loader = torch.utils.data.DataLoader(data, batch_sampler=mine, num_workers=workers, generator=torch.Generator(),
-                                         pin_memory=device.type == "cuda")
+                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     for indices, (video, c) in zip(mine, loader):
         yield indices, video.to(device, non_blocking=True), c.to(device, non_blocking=True)
+
+
+def ignore_signals(worker):
+    """Workers leave Ctrl-C to their parent, which ends them when the last step is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def learn(model, net, video, c, method, args):
@@ -273,9 +279,8 @@ def main(argv):
         announce(args, data, net, start, world, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    told = []
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: told.append(1))
+    told, step = [], start
+    before = {sign: signal.signal(sign, lambda *_: told.append(1)) for sign in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(batches(data, start, rank, world, args, device), total=args.steps, initial=start, disable=rank > 0,
                dynamic_ncols=True)
     for step, (indices, video, c) in enumerate(bar, start):
@@ -309,6 +314,8 @@ def main(argv):
         if stop:
             break
     bar.close()
+    for sign, handler in before.items():
+        signal.signal(sign, handler)
     if rank == 0:
         if step < args.steps:
             print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
@@ -401,11 +408,10 @@ def look(ema, data, args, device, step):
 
 def show(name, truth, made, fps):
     """name.gif, clips side by side, and name.png, time from left to right: truth above, rollout below."""
-    truth, made = viewable(truth), viewable(made)
+    blank = made.new_ones(len(made), made.shape[1] - truth.shape[1], *made.shape[2:])  # where the truth is shorter
+    truth, made = viewable(torch.cat([truth, blank], dim=1)), viewable(made)
     save_picture(name.with_suffix(".png"), film([video for pair in zip(truth, made) for video in pair], 16))
-    still = truth[:, -1:].expand(-1, made.shape[1] - truth.shape[1], -1, -1, -1)  # where the truth is shorter
-    both = torch.stack([torch.cat([truth, still], dim=1), made])
-    both = torch.nn.functional.pad(both, (1, 1, 1, 1), value=1.0)
+    both = torch.nn.functional.pad(torch.stack([truth, made]), (1, 1, 1, 1), value=1.0)
     with Writer(name.with_suffix(".gif"), fps) as out:
         out(rearrange(both, "r b t c h w -> t c (r h) (b w)"))
 
