@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-# -- the command line ----------------------------------------------------------------------------------------------
-
 
 class Parser(argparse.ArgumentParser):
     """Teaches in --help, and says what is wrong in one line."""
@@ -68,9 +66,6 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# -- captions ------------------------------------------------------------------------------------------------------
-
-
 class Words:
     """Text without a text encoder: one row per word, the word beside its successor, so that "red circle" binds the
     colour to the shape though attention to the text knows no order. Rows of zeros say nothing."""
@@ -105,8 +100,6 @@ def split_words(text):
     return re.findall(r"[\w'-]+", text.lower())
 
 
-# -- the world of sprites ------------------------------------------------------------------------------------------
-
 BACKGROUND, WALL = torch.tensor([0.08, 0.08, 0.12]) * 2 - 1, torch.tensor([0.45, 0.45, 0.48]) * 2 - 1
 COLOURS = {"red": (0.95, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.35, 1.0), "yellow": (1.0, 0.9, 0.1),
            "magenta": (0.9, 0.2, 0.9), "white": (1.0, 1.0, 1.0)}
@@ -137,13 +130,12 @@ def coverage(at, shape, size, radius):
 
 def wall_columns(size):
     """Which columns of pixels the wall hides: the middle third or so."""
-    columns = torch.zeros(size, dtype=torch.bool)
-    columns[round(size * 0.34):round(size * 0.66)] = True
-    return columns
+    return (torch.arange(size) >= round(size * 0.34)) & (torch.arange(size) < round(size * 0.66))
 
 
 def paint(at, shape, colour, size, wall=False, shown=None):
-    """Sprites (..., S, 2), (..., S), (..., S), the first in front -> pictures (..., 3, size, size) in [-1, 1]."""
+    """Sprites at (..., S, 2), shape and colour (..., S) or (S,), the first in front -> (..., 3, size, size) in [-1, 1]."""
+    colour = colour.expand(at.shape[:-1])
     cover = coverage(at, shape, size, radius_of(size, wall))
     if shown is not None:
         cover = cover * shown[..., None, None]
@@ -174,10 +166,6 @@ class Sprites:
         self.words = Words([*COLOURS, *SHAPES, "and"], 3 * objects - 1)
         self.text_dim = self.words.text_dim
 
-    def describe(self):
-        return (f"sprites: {self.objects} in clips of {self.frames} frames, {self.size} x {self.size} pixels" +
-                (", behind a wall" if self.wall else ""))
-
     def scene(self, index, frames=None):
         """(colour (S,), shape (S,), at (T, S, 2) in pixels): the truth about a clip of any length."""
         rng = np.random.default_rng([*self.key, index])
@@ -196,32 +184,26 @@ class Sprites:
 
     def video(self, index, frames=None):
         """(T, 3, size, size) in [-1, 1]; a longer clip begins with the shorter one."""
-        return self.draw(*self.scene(index, frames))
-
-    def draw(self, colour, shape, at):
-        return paint(at, shape.expand(len(at), -1), colour.expand(len(at), -1), self.size, self.wall)
+        colour, shape, at = self.scene(index, frames)
+        return paint(at, shape, colour, self.size, self.wall)
 
     def __getitem__(self, index):
         colour, shape, at = self.scene(index)
         silent = self.withheld and np.random.default_rng([*self.key, index, 1]).random() < self.withheld
-        return self.draw(colour, shape, at), self.words("" if silent else name(colour, shape))
+        return paint(at, shape, colour, self.size, self.wall), self.words("" if silent else name(colour, shape))
 
 
 def name(colour, shape):
     return " and ".join(f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in zip(colour.tolist(), shape.tolist()))
 
 
-# -- the ruler -----------------------------------------------------------------------------------------------------
-
-
 def measure(video, captions, wall=False):
     """How right are videos of the sprite world? (B, T, 3, size, size) in [-1, 1] and B captions -> (B, T, 3), 0 to 100.
 
     Visual: how near the picture is to the nearest legal one, 100 (1 - distance / that of an empty picture).
-    Temporal: does each sprite go straight on, at a legal speed, with legal bounces? The distance from where it should
-    be, as 100 exp(-(distance / 2 % of the canvas)²); a sprite that is missing counts 0, one that is hidden does not
-    count; nan where nothing can be said, as in
-    the first two frames.
+    Temporal: does each sprite go straight on, with legal bounces and speed? 100 exp(-(its distance from where it should
+    be / 3 % of the canvas)²), less for a wrong speed; 0 for a missing sprite, none for a hidden one; nan where nothing
+    can be said, as in the first two frames.
     Text: the share of the named sprites that are there and of those there that are named; half for the wrong shape.
     """
     B, T, _, size, _ = video.shape
@@ -278,8 +260,8 @@ def fit_sprites(picture, S, wall):
     at2, shape2, error2 = descend(picture[near], *(z[near][:, swap] for z in (at, shape, colour, there)), wall)
     better = error2 < error[near]
     near = near[better]
-    at[near], shape[near], colour[near], there[near] = at2[better], shape2[better], colour[near][:, swap], there[near][:, swap]
-    error[near] = error2[better]
+    at[near], shape[near], error[near] = at2[better], shape2[better], error2[better]
+    colour[near], there[near] = colour[near][:, swap], there[near][:, swap]
     clear = visible_share(at, shape, there, size, wall)
     error = error / (energy.mean() * kernel.square().sum((1, 2, 3)).mean() * (S - 1))
     return at, shape, colour, clear, torch.where(there.any(1), error, error.clamp(min=1))
@@ -365,8 +347,8 @@ def straightness(at, due, v, size):
     off = np.abs(at - due)
     best = off.argmin(0)
     speed = np.linalg.norm(v[best, [0, 1]])
-    off = np.linalg.norm(off.min(0)) + max(0, SPEED[0] * size - speed, speed - SPEED[1] * size)
-    return np.exp(-(off / (0.02 * size)) ** 2)
+    wrong_speed = max(0, SPEED[0] * size - speed, speed - SPEED[1] * size)
+    return np.exp(-(np.linalg.norm(off.min(0)) / (0.03 * size)) ** 2 - (wrong_speed / (0.015 * size)) ** 2)
 
 
 def hides(where, others, size, radius, wall):
@@ -379,29 +361,17 @@ def hides(where, others, size, radius, wall):
     return bool((cover[0] * seen).sum() < 0.35 * cover[0].sum())
 
 
-THIRDS = ("Temporal", "Visual", "Text")
-
-
-def per_third(scores):
-    """Means over each third of the frames, as the paper's Table 1: (B, T, 3) -> (B, 3 thirds, 3)."""
-    return torch.stack([part.nanmean(dim=1) for part in scores.tensor_split(3, dim=1)], dim=1)
-
-
 def ruler_table(scores):
-    """A text table of `measure`'s scores (B, T, 3): Temporal / Visual / Text per third, mean ± standard error over B."""
-    thirds, T = per_third(scores), scores.shape[1]
-    edges = [0, *np.cumsum([len(part) for part in np.array_split(np.arange(T), 3)])]
-    lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in THIRDS)]
-    rows = [*zip(edges, edges[1:], thirds.unbind(1)), (0, T, scores.nanmean(1))]
-    for start, end, z in rows:
-        n = (~z.isnan()).sum(0)
-        mean, spread = z.nanmean(0), ((z - z.nanmean(0)).square().nansum(0) / (n - 1).clamp(min=1) / n.clamp(min=1)).sqrt()
-        cells = [f"{mean[i]:8.2f} ± {spread[i]:5.2f}" for i in (1, 0, 2)]
-        lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(f"{cell:>16}" for cell in cells))
+    """A table of `measure`'s scores (B, T, 3) as text, per third of the video as the paper's Table 1: mean ± standard
+    error over the videos."""
+    lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in ("Temporal", "Visual", "Text"))]
+    edges = [round(third * scores.shape[1] / 3) for third in range(4)]
+    for start, end in [*zip(edges, edges[1:]), (0, edges[-1])]:
+        z = scores[:, start:end].nanmean(dim=1)
+        n = (~z.isnan()).sum(0).clamp(min=1)
+        spread = ((z - z.nanmean(0)).square().nansum(0) / (n - 1).clamp(min=1) / n).sqrt()
+        lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(f"{z.nanmean(0)[i]:8.2f} ± {spread[i]:5.2f}" for i in (1, 0, 2)))
     return "\n".join(lines)
-
-
-# -- folders -------------------------------------------------------------------------------------------------------
 
 
 def read_frames(path, size, fps=0.0, stride=1):
@@ -462,10 +432,6 @@ def unfold(x, chunk):
 
 class Folder:
     """Random clips of T frames from files in a folder; every file once in each round of len(files) indices."""
-
-    def describe(self):
-        size = "{} x {}".format(*self.size) if isinstance(self.size, tuple) else f"{self.size} x {self.size}"
-        return f"{len(self.files)} files, clips of {self.frames} frames, {size}"
 
     def choose(self, index):
         """(file number, random generator) of an index."""
@@ -546,9 +512,6 @@ class Videos(Folder):
     def text_of(self, number):
         return self.words(self.captions[number])
 
-    def caption(self, index):
-        return self.captions[self.choose(index)[0]]
-
 
 class Latents(Folder):
     """One .npz per video: `latents` (T, C, height, width) and perhaps `text` (L, text_dim), read when asked for."""
@@ -602,9 +565,6 @@ class Latents(Folder):
         c[:len(self.text)] = torch.from_numpy(self.text).float()
         return c
 
-    def caption(self, index):
-        return self.files[self.choose(index)[0]].stem
-
 
 def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=False, withheld=0.0, split="train"):
     """The dataset that `--data` names: "sprites", a folder of latents (it holds .npz files) or a folder of videos."""
@@ -613,9 +573,6 @@ def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=
     if Path(data).is_dir() and any(Path(data).rglob("*.npz")):
         return Latents(data, frames, seed)
     return Videos(data, size, frames, fps, stride, seed)
-
-
-# -- pictures ------------------------------------------------------------------------------------------------------
 
 
 def enlarge(frames, height=128):

@@ -58,12 +58,10 @@ def rope(width, frames, rows, columns):
 
     The pairs of a head are split among time, row and column, the remainder to time; each axis has a full spectrum.
     """
+    at = torch.cartesian_prod(frames.double(), rows.double(), columns.double())
     parts = (width - 4 * (width // 6), 2 * (width // 6), 2 * (width // 6))
-    angles = [torch.outer(at.double(), 1e4 ** (-torch.arange(0, part, 2, device=at.device) / part).double())
-              for at, part in zip((frames, rows, columns), parts)]
-    n, h, w = (len(at) for at in (frames, rows, columns))
-    angles = torch.cat([angles[0][:, None, None].expand(n, h, w, -1), angles[1][:, None].expand(n, h, w, -1),
-                        angles[2].expand(n, h, w, -1)], dim=-1).flatten(0, 2)
+    angles = torch.cat([torch.outer(at[:, axis], 1e4 ** -(torch.arange(0, part, 2).to(at) / part))
+                        for axis, part in enumerate(parts)], dim=-1)
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -158,25 +156,28 @@ class Cache:
         n_noisy, have = slots - self.length, 0 if self.k is None else self.k.shape[3]
         if self.k is not None and slots <= have:
             return
-        frames = self.frames if self.window is None else min(self.frames, self.window)
         B, H, _, P, E = k.shape
         if B != self.batch:
             raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
-        old_k, old_v = self.k, self.v
-        self.k, self.v = (z.new_zeros(self.config.layers, B, H, max(frames, self.length) + n_noisy, P, E) for z in (k, v))
+        old_k, old_v, room = self.k, self.v, max(self.length, min(self.frames, self.window or self.frames))
+        self.k, self.v = (z.new_zeros(self.config.layers, B, H, room + n_noisy, P, E) for z in (k, v))
         if have:
             self.k[..., :have, :, :], self.v[..., :have, :, :] = old_k, old_v
         else:
             self.sink_k = k.new_zeros(self.config.layers, B, H, self.sink, P, E)
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """What both attentions have: projections, and norms of q and k over the full width."""
+
     def __init__(self, config):
         super().__init__()
         self.heads, self.top_k = config.heads, config.top_k
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, eps=config.eps) for _ in range(2))
 
+
+class SelfAttention(Attention):
     def forward(self, x, angles, past, own, put):
         """x (B, M, P, D) -> the last len(past) of its frames (B, rows, P, D); put: where keys and values go first."""
         rows = x[:, x.shape[1] - len(past):]
@@ -186,13 +187,7 @@ class SelfAttention(nn.Module):
         return self.o(join(attend(q, *put(k, v), past, own, self.top_k)))
 
 
-class CrossAttention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.heads = config.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, eps=config.eps) for _ in range(2))
-
+class CrossAttention(Attention):
     def words(self, text):
         """Keys and values (B, H, L, E) of text (B, L, D). Every word is seen, the empty ones too."""
         k, v = self.norm_k(self.k(text).to(self.norm_k.weight.dtype)), self.v(text)
@@ -218,38 +213,34 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.self_attn, self.cross_attn = SelfAttention(config), CrossAttention(config)
-        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.norm1, self.norm2 = (nn.LayerNorm(config.dim, config.eps, elementwise_affine=False) for _ in range(2))
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"),
                                  nn.Linear(config.ffn_dim, config.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
-        self.eps = config.eps
 
     def forward(self, x, e6, words, angles, past, own, put):
         """x (B, M, P, D), e6 (B, M, 6, D) -> the last len(past) frames; only their keys and values need the others."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e6).unsqueeze(-2).unbind(2)
-        h = torch.addcmul(shift1, layer_norm(x, self.eps), 1 + scale1)
+        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         x, gate1, shift2, scale2, gate2 = (z[:, z.shape[1] - len(past):] for z in (x, gate1, shift2, scale2, gate2))
         x = torch.addcmul(x, gate1, self.self_attn(h, angles, past, own, put).to(x.dtype))
         x = x + self.cross_attn(self.norm3(x), *words)
-        h = torch.addcmul(shift2, layer_norm(x, self.eps), 1 + scale2)
+        h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.ffn(h).to(x.dtype))
 
 
 class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = nn.Linear(config.dim, config.channels * config.patch ** 2)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim ** 0.5)
-        self.eps = config.eps
 
     def forward(self, x, e):
         """x (B, N, P, D), e (B, N, D) -> (B, N, P, patch · patch · C)."""
         shift, scale = (self.modulation + e[:, :, None]).unsqueeze(-2).unbind(2)
-        return self.head(layer_norm(x, self.eps) * (1 + scale) + shift)
-
-
-def layer_norm(x, eps):
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
 class CausalDiT(nn.Module):
@@ -265,9 +256,6 @@ class CausalDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
-        self.init_weights()
-
-    def init_weights(self):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -333,28 +321,6 @@ class CausalDiT(nn.Module):
             raise ValueError(f"text of width {c.shape[-1]}; this model reads width {config.text_dim}")
 
 
-def forward_flops(config, n_history, n_noisy, height, width, words):
-    """Floating-point operations of one forward for one video, attention counted as the mask leaves it; a training step
-    takes three times as many. height and width of x, words L."""
-    P, d = config.chunk * height * width // config.patch ** 2, config.dim
-    past, own = sparse_causal_mask(0, n_history, n_noisy, 0)
-    seen = (past | own).sum(1)
-    if config.top_k is not None:
-        seen = past.sum(1).clamp(max=config.top_k) + 1
-
-    def layer(rows, pairs):
-        tokens = rows * P
-        mlp = tokens * (4 * d * d + 2 * d * config.ffn_dim)  # q and o of both attentions, and the feed-forward
-        return mlp + 2 * words * d * d + 2 * pairs * P * P * d + 2 * tokens * words * d
-
-    rows = n_history + n_noisy
-    keys = config.layers * 2 * rows * P * d * d
-    layers = (config.layers - 1) * layer(rows, seen.sum().item()) + layer(n_noisy, seen[n_history:].sum().item())
-    ends = (rows + n_noisy) * P * d * config.channels * config.patch ** 2 + words * d * (config.text_dim + d)
-    time = rows * d * (config.freq_dim + 7 * d)
-    return 2 * (keys + layers + ends + time)
-
-
 def read_checkpoint(path):
     """The dictionary in a run's ckpt.pt (path: the file or the run's folder), on the CPU. Raises ValueError."""
     path = Path(path)
@@ -380,3 +346,40 @@ def load_checkpoint(path):
     model.load_state_dict(state["ema"])
     model.run = state["args"]
     return model.eval().requires_grad_(False)
+
+
+DIFFUSERS_NAMES = [  # (theirs, ours), in this order; ours are the original's
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"), ("condition_embedder.time_proj", "time_projection.1"),
+    ("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."),
+    (".to_out.0.", ".o."), (".norm2.", ".norm3."), ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"),
+    ("proj_out", "head.head"), (".scale_shift_table", ".modulation"), ("scale_shift_table", "head.modulation")]
+
+
+def load_wan(model, path):
+    """Fill a CausalDiT with Wan 2.1's weights: an original .pth or .safetensors, a folder of them or of diffusers'
+    (sharded or not), or a Self-Forcing checkpoint. Raises ValueError that names what is unknown, missing or misshapen."""
+    path, state = Path(path), {}
+    files = sorted(path.rglob("diffusion_pytorch_model*.safetensors")) if path.is_dir() else [path]
+    for file in files:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file  # comes with diffusers
+            state |= load_file(file)
+        else:
+            state |= torch.load(file, map_location="cpu", weights_only=True)
+    state = state.get("generator_ema", state.get("generator", state))
+    ours, theirs = model.state_dict(), {}
+    for name, tensor in state.items():
+        name = name.removeprefix("model.").removeprefix("diffusion_model.")
+        for a, b in DIFFUSERS_NAMES:
+            name = name.replace(a, b)
+        theirs[name] = tensor.flatten(1) if name == "patch_embedding.weight" else tensor
+    wrong = [f"{kind}: {', '.join(names[:5])}" + ("" if len(names) < 6 else f" and {len(names) - 5} more") for kind, names in (
+        ("missing", sorted(ours.keys() - theirs.keys())), ("unknown", sorted(theirs.keys() - ours.keys())),
+        ("misshapen", [f"{k} {tuple(theirs[k].shape)} for {tuple(ours[k].shape)}" for k in ours.keys() & theirs.keys()
+                       if theirs[k].shape != ours[k].shape])) if names]
+    if wrong:
+        raise ValueError(f"the weights of {path} are not those of this network: {'; '.join(wrong)}")
+    model.load_state_dict(theirs)

@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 
 
 def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None):

@@ -36,7 +36,7 @@ def parse(argv):
     add("--steps", None, "Euler steps per frame (default: 8 for pixels, 32 for latents)", type=positive)
     add("--time-shift", None, "Eq. (7) on the steps: above 1, more of them at high noise (default: 1 for pixels, 5 for "
         "latents)", type=plus)
-    add("--guidance", None, "how much the prompt counts: 1 is the model itself (default: 2 for pixels, 5 for latents)",
+    add("--guidance", None, "how much the prompt counts: 1 is the model itself (default: 1.5 for pixels, 5 for latents)",
         type=amount)
     add("--given", None, "a video to continue", type=Path)
     add("--given-frames", None, "how many of its frames to take (default: all)", type=positive)
@@ -60,7 +60,7 @@ def settle(args, model):
     run, chunk = model.run, model.config.chunk
     pixels = model.config.channels == 3
     for name, value in (("frames", 2 * run["frames"]), ("steps", 8 if pixels else 32), ("time_shift", 1.0 if pixels else 5.0),
-                        ("guidance", 1.0 if args.eval else 2.0 if pixels else 5.0), ("window", run["frames"] // chunk - 1)):
+                        ("guidance", 1.5 if pixels else 5.0), ("window", run["frames"] // chunk - 1)):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.frames % chunk:
@@ -141,19 +141,23 @@ def make(args, model):
         writers = [stack.enter_context(Writer(path, model.run["rate"])) for path in files]
         for writer, video in zip(writers, videos[0]):
             writer(video)
-        frames, seconds = generate(model, cs, given, args), 0.0
+        frames, seconds = generate(model, cs, given, args), []
         for i in tqdm(range(new), "frames", dynamic_ncols=True):
             begin = time.perf_counter()
             with record() if args.routing and i + 1 == new else ExitStack() as picks:
                 frame = unfold(next(frames), chunk).cpu()
-            seconds += time.perf_counter() - begin
+            seconds.append(time.perf_counter() - begin)
             for writer, video in zip(writers, frame):
                 writer(video)
             videos.append(frame)
     sheet = files[0].with_suffix(".png") if count == 1 else files[0].with_name("sheet.png")
     save_picture(sheet, film(torch.cat(videos, dim=1), 16))
-    print(f"{new * chunk * count / seconds:.1f} frames per second: {count} x {new * chunk} new frames in {seconds:.1f} s, "
+    total = sum(seconds)
+    print(f"{new * chunk * count / total:.1f} frames per second: {count} x {new * chunk} new frames in {total:.1f} s, "
           f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted")
+    if new >= 40:
+        early, late = (1000 * sorted(part)[10] for part in (seconds[19:40], seconds[-21:]))
+        print(f"median time of a frame: {early:.0f} ms for the 20th to 40th, {late:.0f} ms for the last 21")
     print("\n".join(f"{path}: {prompt or 'no prompt'}" for path, prompt in zip(files, prompts)) + f"\nall of them: {sheet}")
     if args.routing:
         show_routing(picks, model.config.layers, files[0].with_name("routing.png"))

@@ -64,9 +64,6 @@ class Recorder:
         return torch.zeros_like(x)
 
 
-# -- the equations -------------------------------------------------------------------------------------------------
-
-
 def test_noise_runs_from_the_frame_to_noise_along_a_line():  # Eq. (3)
     x, eps, t, _ = clip()
     x_t = add_noise(x, eps, t)
@@ -111,9 +108,6 @@ def test_the_loss_is_the_distance_of_v_to_eps_minus_x():  # Eq. (4)
     assert torch.equal(history, x[:, :-1])
 
 
-# -- the mask ------------------------------------------------------------------------------------------------------
-
-
 def test_the_mask_is_figure_3c():
     picture = """
         history     noisy
@@ -151,9 +145,6 @@ def test_nothing_leaks_and_history_reaches_later_frames(top_k):
         changed[:, frame] += 1.0
         moved = (net(changed, t, c, x[:, :-1]) - v).abs().amax((0, 2, 3, 4))
         assert moved[frame] > 1e-6 and (moved[:frame] == 0).all() and (moved[frame + 1:] == 0).all()
-
-
-# -- one network, called in many ways ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -207,9 +198,6 @@ def test_the_history_is_shown_at_t_0():
     assert not close(seen[1][:, :5], seen[1][:, 5:-1]) and close(seen[1][:, :5], seen[0][:, :5])
 
 
-# -- rollout, resampling, guidance ---------------------------------------------------------------------------------
-
-
 def test_a_rollout_from_t_0_returns_its_input():
     x, _, _, c = clip()
     assert torch.equal(torch.cat(list(rollout(tiny(), x, torch.zeros(2).double(), c, 3)), 1), x)
@@ -231,7 +219,7 @@ def test_a_rollout_from_t_1_is_generation():
 
 
 def test_a_rollout_goes_on_from_given_frames():
-    net, (x, noise, _, c) = tiny(), clip()
+    net, (_, noise, _, c) = tiny(), clip()
     whole = list(rollout(net, noise, torch.ones(2).double(), c, 2))
     rest = list(rollout(net, noise[:, 2:], torch.ones(2).double(), c, 2, history=torch.cat(whole[:2], 1)))
     assert close(torch.cat(rest, 1), torch.cat(whole[2:], 1))
@@ -314,9 +302,6 @@ def test_guidance_of_1_is_none_and_more_is_more():
     assert close(torch.cat(by_hand, 1), torch.cat(list(rollout(net, noise, torch.ones(2).double(), c, 2)), 1), 1e-9)
 
 
-# -- attention and routing -----------------------------------------------------------------------------------------
-
-
 def slow_route(q, k, past, top_k):
     """Eq. (9) in loops."""
     B, H, rows, P, _ = q.shape
@@ -395,9 +380,6 @@ def test_routing_scores_are_fp32_and_carry_no_gradient():
     assert not route(q.float().requires_grad_(), k.float(), past, 2).requires_grad
 
 
-# -- the network ---------------------------------------------------------------------------------------------------
-
-
 def test_the_network_is_wan():
     with torch.device("meta"):
         net = CausalDiT(PRESETS["wan-1.3b"])
@@ -406,6 +388,33 @@ def test_the_network_is_wan():
     assert {"patch_embedding.weight", "text_embedding.2.bias", "time_embedding.0.weight", "time_projection.1.weight",
             "blocks.29.modulation", "blocks.0.self_attn.norm_q.weight", "blocks.0.cross_attn.o.bias",
             "blocks.0.norm3.weight", "blocks.0.ffn.2.weight", "head.head.weight", "head.modulation"} <= names
+
+
+def test_wan_weights_load_by_either_name_and_wrong_ones_are_named(tmp_path):
+    net, other = tiny(), tiny()
+    for p in other.parameters():
+        torch.nn.init.normal_(p)
+    original = {k: v.reshape(24, 2, 1, 2, 2) if k == "patch_embedding.weight" else v for k, v in other.state_dict().items()}
+    diffusers = {}
+    for key, value in original.items():
+        for a, b in (("text_embedding.0", "condition_embedder.text_embedder.linear_1"), ("head.head", "proj_out"),
+                     ("text_embedding.2", "condition_embedder.text_embedder.linear_2"), ("norm3", "norm2"),
+                     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"), ("ffn.0", "ffn.net.0.proj"),
+                     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"), ("ffn.2", "ffn.net.2"),
+                     ("time_projection.1", "condition_embedder.time_proj"), ("head.modulation", "scale_shift_table"),
+                     ("modulation", "scale_shift_table"), ("self_attn", "attn1"), ("cross_attn", "attn2"), (".q.", ".to_q."),
+                     (".k.", ".to_k."), (".v.", ".to_v."), (".o.", ".to_out.0.")):
+            key = key.replace(a, b)
+        diffusers[key] = value
+    forcing = {"generator": {}, "generator_ema": {f"model.{k}": v for k, v in original.items()}}
+    for state in (original, diffusers, forcing):
+        torch.save(state, tmp_path / "wan.pth")
+        model_py.load_wan(net, tmp_path / "wan.pth")
+        assert same(dict(net.state_dict()), dict(other.state_dict()))
+    lacking = {k: v for k, v in original.items() if k != "head.head.bias"} | {"img_emb": torch.ones(1)}
+    torch.save(lacking | {"blocks.0.modulation": torch.ones(1, 6, 7)}, tmp_path / "wan.pth")
+    with pytest.raises(ValueError, match="missing: head.head.bias; unknown: img_emb; misshapen: blocks.0.modulation"):
+        model_py.load_wan(net, tmp_path / "wan.pth")
 
 
 def test_a_new_network_returns_zero_and_patches_come_back_in_place():
@@ -475,19 +484,6 @@ def test_a_cache_says_when_it_is_full_or_foreign():
         net(x_t[:, :1], t[:, :1], c, x[:, :1], net.cache(4, 3), first=1)
 
 
-def test_flops_are_those_that_run():
-    from torch.utils.flop_counter import FlopCounterMode
-    config = Config(3, 64, 128, 2, 3, 4, 1, text_dim=20)
-    net, x = CausalDiT(config), torch.randn(1, 3, 3, 32, 32)
-    with FlopCounterMode(display=False) as counter:
-        net(x, torch.rand(1, 3), torch.randn(1, 5, 20), x[:, :-1])
-    counted, stated = counter.get_total_flops(), model_py.forward_flops(config, 2, 3, 32, 32, 5)
-    assert stated <= counted <= 1.15 * stated, "the rest is what groups of rows with unlike pasts spend on masked frames"
-
-
-# -- the world of sprites and its ruler ----------------------------------------------------------------------------
-
-
 def test_sprites_are_a_function_of_seed_split_and_index():
     a, b = Sprites(seed=1), Sprites(seed=1)
     assert torch.equal(a[5][0], b[5][0]) and torch.equal(a[5][1], b[5][1])
@@ -539,9 +535,6 @@ def test_the_ruler_tells_pixels_motion_and_names_apart():
     soft = torch.nn.functional.avg_pool2d(video.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(video)
     soft = measure(soft, captions).nanmean((0, 1))
     assert soft[0] < truth[0] - 20 and soft[2] > truth[2] - 15
-
-
-# -- training ------------------------------------------------------------------------------------------------------
 
 
 def run_train(folder, *flags):
@@ -695,9 +688,6 @@ def test_every_way_to_train(tmp_path, flags):
     assert all(np.isfinite(e["loss"]) for e in log_of(tmp_path / "run") if "loss" in e)
 
 
-# -- sampling ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run that was trained a little, and routes."""
@@ -753,9 +743,6 @@ def test_evaluation_and_routing_are_written(trained, tmp_path, capsys):
     shares = [float(z) for z in rows[0].split()[2:]]
     assert len(rows) == 2 and len(shares) == 5 and abs(sum(shares) - 2) < 0.03, "each token picks top_k frames"
     assert iio.imread(tmp_path / "routing.png").ndim == 3
-
-
-# -- real input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -816,9 +803,6 @@ def test_training_on_latents(tmp_path):
     assert torch.equal(latents[5][0], Latents(folder, 6)[5][0])
     state = run_train(tmp_path / "run", "--data", str(folder), "--frames", "6", "--chunk", "3", "--patch", "2", "--steps", "2")
     assert state["config"]["channels"] == 4 and state["config"]["text_dim"] == 7
-
-
-# -- bad input: one line, no traceback, nothing overwritten ----------------------------------------------------------
 
 
 def bad_latents(folder, **arrays):
@@ -900,9 +884,6 @@ def test_scripts_end_in_one_line_without_a_traceback(tmp_path):
         process = start(HERE / command[0], *command[1:], cwd=tmp_path)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == 2 and out.count("\n") == 1 and "Traceback" not in out, out
-
-
-# -- the README ----------------------------------------------------------------------------------------------------
 
 
 def test_the_readme_points_at_things_that_exist():

@@ -25,16 +25,14 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import rf
 from data import (Parser, Sprites, Writer, film, fold, latest_run, measure, number, open_data, ruler_table,
                   save_picture, unfold)
-from model import PRESETS, CausalDiT, Config, forward_flops, read_checkpoint
-from rf import HISTORY, flow_matching_loss, rollout
-
-
-RUN_FILES = ("ckpt.pt", "config.json", "log.jsonl")
+from model import PRESETS, CausalDiT, read_checkpoint
+from rf import HISTORY, Guided, flow_matching_loss, rollout
 
 
 def parse(argv):
@@ -79,6 +77,7 @@ def parse(argv):
     add("--save-every", 500, "steps between checkpoints", type=positive)
     add("--sample-every", 500, "steps between pictures and held-out losses", type=positive)
     add("--sample-steps", 8, "Euler steps per frame in these", type=positive)
+    add("--guidance", 1.5, "how much the text counts in these", type=amount)
     add("--workers", None, "processes that decode videos (default: 2; sprites need none)", type=natural)
     add("--precision", None, "fp32 or bf16 autocast (default: bf16 on CUDA)", choices=("fp32", "bf16"))
     add("--compile", False, "torch.compile the network", action="store_true")
@@ -283,8 +282,10 @@ def main(argv):
     before = {sign: signal.signal(sign, lambda *_: told.append(1)) for sign in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(batches(data, start, rank, world, args, device), total=args.steps, initial=start, disable=rank > 0,
                dynamic_ncols=True)
+    end = clock(device)
     for step, (indices, video, c) in enumerate(bar, start):
-        begin, loss, seconds, method = clock(device), 0, 0, history_at(step, args)
+        before_data, begin, loss, seconds = end, clock(device), 0, 0
+        method = history_at(step, args)
         for part in range(args.accumulate):
             rows = slice(part * len(video) // args.accumulate, (part + 1) * len(video) // args.accumulate)
             with (streams(args.seed, indices[rows], device), autocast,
@@ -295,22 +296,24 @@ def main(argv):
         loss, stop = agree(loss, bool(told), device, world)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip).item()
         if not math.isfinite(loss + norm):
-            raise ValueError(f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; "
-                             f"{last_good(args.out)}")
+            path = args.out / "ckpt.pt"
+            raise ValueError(f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; " + (
+                f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet; try a lower --lr"))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average(ema, net, args.ema, step)
-        step += 1
+        step, end = step + 1, clock(device)
         if rank == 0:
-            log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm,
-                 "seconds": clock(device) - begin, "history_seconds": seconds})
-            bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / (clock(device) - begin):.0%} of the time")
+            log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm, "history": method.__name__,
+                 "seconds": end - begin, "history_seconds": seconds, "data_seconds": begin - before_data})
+            bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / (end - begin):.0%} of the time")
             if step % args.sample_every == 0 and step < args.steps:
                 log({"step": step} | look(ema, data, args, device, step))
             if step % args.save_every == 0 or step == args.steps or stop:
                 save(net, ema, optimizer, step, args)
+        end = clock(device)
         if stop:
             break
     bar.close()
@@ -330,7 +333,7 @@ def open_out(args, start, rank, world):
     if args.out is None:
         args.out = next(path for i in count(1) if not (path := Path(f"runs/{i:03d}")).exists())
     if rank == 0:
-        if not args.resume and (args.out.is_file() or any((args.out / name).exists() for name in RUN_FILES)):
+        if not args.resume and (args.out.is_file() or any(args.out.glob("*.json*"))):
             raise ValueError(f"--out {args.out} already holds another run; add --resume to go on with it, or name a new "
                              "folder")
         args.out.mkdir(parents=True, exist_ok=True)
@@ -349,25 +352,19 @@ def open_out(args, start, rank, world):
     return args.out, log
 
 
-def last_good(out):
-    path = out / "ckpt.pt"
-    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet; try a lower --lr"
-
-
 def announce(args, data, net, start, world, device):
-    """What is about to happen: said before the first step."""
-    config, N = net.config, args.frames // net.config.chunk
-    tokens = (2 * N - 1) * config.chunk * args.height * args.width // config.patch ** 2 * args.batch
-    flops = forward_flops(config, N - 1, N, args.height, args.width, data[0][1].shape[0]) * args.batch
-    print(f"{data.describe()}\n"
+    """What is about to happen: said before the first step. FLOPs are counted on one forward for one clip."""
+    video, c = (z[None].to(device) for z in data[0])
+    x = fold(video, net.config.chunk)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(x, torch.zeros(x.shape[:2], device=device), c, x[:, :-1])
+    tokens = (2 * args.frames - net.config.chunk) * args.height * args.width // net.config.patch ** 2 * args.batch
+    print(f"{args.data}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} per step\n"
           f"{sum(p.numel() for p in net.parameters()):,} parameters on {world} x {device.type}, {args.precision}; "
-          f"{tokens:,} tokens and {3 * flops:.2e} FLOPs per step\n"
+          f"{tokens:,} tokens and {3 * counter.get_total_flops() * args.batch:.2e} FLOPs per teacher-forcing step\n"
           f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history "
           f"{args.history}" + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
           f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
-
-
-# -- looking at it -------------------------------------------------------------------------------------------------
 
 
 def continue_clips(net, data, indices, frames, args, device):
@@ -381,9 +378,10 @@ def continue_clips(net, data, indices, frames, args, device):
     given = fold(truth, chunk)[:, :2 if args.frames > 2 * chunk else 1].to(device)
     noise = torch.randn(len(truth), frames // chunk - given.shape[1], *given.shape[2:],
                         generator=torch.Generator().manual_seed(0)).to(device)
-    cache = net.cache(len(truth), frames // chunk, window=args.frames // chunk - 1)
-    made = rollout(net, noise, torch.ones(len(truth), device=device), c.to(device), args.sample_steps, history=given,
-                   cache=cache)
+    c = c.to(device)
+    guided = Guided(net, torch.zeros_like(c[:1]), args.guidance)
+    cache = guided.cache(len(truth), frames // chunk, window=args.frames // chunk - 1)
+    made = rollout(guided, noise, torch.ones(len(truth), device=device), c, args.sample_steps, 1.0, given, cache)
     made = tqdm(made, "rollout", noise.shape[1], leave=False, disable=noise.shape[1] < 20)
     return truth, unfold(torch.cat([given, *made], dim=1), chunk).cpu()
 
@@ -409,16 +407,13 @@ def look(ema, data, args, device, step):
 def show(name, truth, made, fps):
     """name.gif, clips side by side, and name.png, time from left to right: truth above, rollout below."""
     blank = made.new_ones(len(made), made.shape[1] - truth.shape[1], *made.shape[2:])  # where the truth is shorter
-    truth, made = viewable(torch.cat([truth, blank], dim=1)), viewable(made)
+    truth = torch.cat([truth, blank], dim=1)
+    if made.shape[2] != 3:  # latents: three of their channels
+        truth, made = truth[:, :, :3] / 3, made[:, :, :3] / 3
     save_picture(name.with_suffix(".png"), film([video for pair in zip(truth, made) for video in pair], 16))
     both = torch.nn.functional.pad(torch.stack([truth, made]), (1, 1, 1, 1), value=1.0)
     with Writer(name.with_suffix(".gif"), fps) as out:
         out(rearrange(both, "r b t c h w -> t c (r h) (b w)"))
-
-
-def viewable(video):
-    """Latents as pictures: three of their channels."""
-    return video if video.shape[2] == 3 else video[:, :, :3] / 3
 
 
 def finish(ema, data, args, device, log):
@@ -433,9 +428,22 @@ def finish(ema, data, args, device, log):
         print(ruler_table(scores))
         log({"step": args.steps, "ruler": scores.nanmean((0, 1)).tolist()})
     show(name, truth[:4], made[:4], data.fps)
+    print(speeds(args))
     prompt = f' "{test.caption(0)}"' if args.data == "sprites" else ""
     print(f"look at {name}.gif and {name}.png (truth above, rollout below), then try\n"
           f"  python sample.py{prompt} --checkpoint {args.out}")
+
+
+def speeds(args):
+    """Median times of the run's steps, by kind, from its log."""
+    steps = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    times = {name: np.median([s["seconds"] for s in steps if s["history"] == name]) for name in {s["history"] for s in steps}}
+    data = sum(s["data_seconds"] for s in steps) / sum(s["seconds"] + s["data_seconds"] for s in steps)
+    plain = times.get("teacher_history")
+    return "median step: " + ", ".join(
+        f"{name} {1000 * seconds:.0f} ms" + (f" ({seconds / plain:.2f} x)" if plain and seconds != plain else "")
+        for name, seconds in sorted(times.items(), reverse=True)) + f"; waiting for data {data:.1%} of the time"
 
 
 if __name__ == "__main__":
