@@ -579,7 +579,7 @@ def test_a_run_leaves_what_design_says(tmp_path, capsys):
         assert (tmp_path / "run/samples" / name).stat().st_size > 100
     assert iio.imread(tmp_path / "run/samples/final.gif").shape[0] == 16
     out = capsys.readouterr().out
-    assert "parameters" in out and "FLOPs per step" in out and "Temporal" in out and "0-15" in out
+    assert "parameters" in out and "FLOPs per teacher-forcing step" in out and "Temporal" in out and "0-15" in out
 
 
 @pytest.mark.parametrize("stopped", [2, 3])

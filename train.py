@@ -379,7 +379,7 @@ def continue_clips(net, data, indices, frames, args, device):
     noise = torch.randn(len(truth), frames // chunk - given.shape[1], *given.shape[2:],
                         generator=torch.Generator().manual_seed(0)).to(device)
     c = c.to(device)
-    guided = Guided(net, torch.zeros_like(c[:1]), args.guidance)
+    guided = Guided(net, torch.zeros_like(c[:1]), args.guidance) if c.any() else net
     cache = guided.cache(len(truth), frames // chunk, window=args.frames // chunk - 1)
     made = rollout(guided, noise, torch.ones(len(truth), device=device), c, args.sample_steps, 1.0, given, cache)
     made = tqdm(made, "rollout", noise.shape[1], leave=False, disable=noise.shape[1] < 20)
