@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from data import (Parser, Sprites, Words, Writer, draw_table, film, fold, latest_run, measure, number, read_video,
@@ -182,14 +183,14 @@ def evaluate(args, model):
         raise ValueError(f"--eval needs a model of sprites, whose world is exactly known; this one learned {run['data']}")
     chunk = model.config.chunk
     test = Sprites(run["size"], 2 * chunk, 0, "test", run["objects"], run["wall"])
-    scores = []
+    scores, seed = [], args.seed
     for i in tqdm(range(0, args.videos, 16), "batches", dynamic_ncols=True):
         indices = range(i, min(i + 16, args.videos))
-        truth, c = (torch.stack(z).to(args.device) for z in zip(*(test[j] for j in indices)))
+        truth, c = (z.to(args.device) for z in default_collate([test[j] for j in indices]))
         made = torch.cat([fold(truth, chunk), *generate(model, [(0, c)], fold(truth, chunk), args)], dim=1)
         scores.append(measure(unfold(made, chunk), [test.caption(j) for j in indices], run["wall"]))
         args.seed += 1
-    scores = torch.cat(scores)
+    scores, args.seed = torch.cat(scores), seed
     print(f"{len(scores)} held-out videos, {args.frames} frames, the first {2 * chunk} given, window {args.window or 'none'}, "
           f"{args.steps} steps")
     print(ruler_table(scores))

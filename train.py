@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -204,8 +205,8 @@ def batches(data, start, rank, world, args, device):
     local = args.batch // world
     mine = [range(i, i + local) for i in range(start * args.batch + rank * local, args.steps * args.batch, args.batch)]
     workers = args.workers if args.workers is not None else 0 if args.data == "sprites" else 2
-    loader = torch.utils.data.DataLoader(data, batch_sampler=mine, num_workers=workers, generator=torch.Generator(),
-                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    loader = DataLoader(data, batch_sampler=mine, num_workers=workers, generator=torch.Generator(),
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     for indices, (video, c) in zip(mine, loader):
         yield indices, video.to(device, non_blocking=True), c.to(device, non_blocking=True)
 
@@ -372,8 +373,7 @@ def continue_clips(net, data, indices, frames, args, device):
 
     The window is that of training, so that no relative position is new however long the rollout.
     """
-    clips = [data[i] for i in indices]
-    truth, c = (torch.stack(z) for z in zip(*clips))
+    truth, c = default_collate([data[i] for i in indices])
     chunk = net.config.chunk
     given = fold(truth, chunk)[:, :2 if args.frames > 2 * chunk else 1].to(device)
     noise = torch.randn(len(truth), frames // chunk - given.shape[1], *given.shape[2:],
@@ -398,7 +398,7 @@ def look(ema, data, args, device, step):
     test = held_out(data, args)
     truth, made = continue_clips(ema, test, range(4), args.frames, args, device)
     show(args.out / "samples" / f"step_{step:06d}", truth, made, data.fps)
-    x, c = (torch.stack(z).to(device) for z in zip(*(test[i] for i in range(16))))
+    x, c = (z.to(device) for z in default_collate([test[i] for i in range(16)]))
     x = fold(x, ema.config.chunk)
     with torch.no_grad(), streams(0, range(16), device):
         return {"held_out_loss": flow_matching_loss(ema, x, c, x[:, :-1], args.time_shift).item()}
