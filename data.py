@@ -202,7 +202,7 @@ def measure(video, captions, wall=False):
 
     Visual: how near the picture is to the nearest legal one, 100 (1 - distance / that of an empty picture).
     Temporal: does each sprite go straight on, with legal bounces and speed? 100 exp(-(its distance from where it should
-    be / 3 % of the canvas)²), less for a wrong speed; 0 for a missing sprite, none for a hidden one; nan where nothing
+    be / 6 % of the canvas)²), less for a wrong speed; 0 for a missing sprite, none for a hidden one; nan where nothing
     can be said, as in the first two frames.
     Text: the share of the named sprites that are there and of those there that are named; half for the wrong shape.
     """
@@ -348,7 +348,7 @@ def straightness(at, due, v, size):
     best = off.argmin(0)
     speed = np.linalg.norm(v[best, [0, 1]])
     wrong_speed = max(0, SPEED[0] * size - speed, speed - SPEED[1] * size)
-    return np.exp(-(np.linalg.norm(off.min(0)) / (0.03 * size)) ** 2 - (wrong_speed / (0.015 * size)) ** 2)
+    return np.exp(-(np.linalg.norm(off.min(0)) / (0.06 * size)) ** 2 - (wrong_speed / (0.02 * size)) ** 2)
 
 
 def hides(where, others, size, radius, wall):

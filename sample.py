@@ -9,6 +9,7 @@
 Frames are written as they are finished. Without --checkpoint, the latest run under runs/ is used.
 """
 import json
+import math
 import re
 import sys
 import time
@@ -35,8 +36,7 @@ def parse(argv):
     add("--out", None, "a folder, or one .mp4 or .gif file (default: samples/ in the run's folder)", type=Path)
     add("--frames", None, "length, given frames included (default: twice the training clips)", type=positive)
     add("--steps", None, "Euler steps per frame (default: 8 for pixels, 32 for latents)", type=positive)
-    add("--time-shift", None, "Eq. (7) on the steps: above 1, more of them at high noise (default: 1 for pixels, 5 for "
-        "latents)", type=plus)
+    add("--time-shift", None, "Eq. (7) on the steps: above 1, more of them at high noise (default: as in training)", type=plus)
     add("--guidance", None, "how much the prompt counts: 1 is the model itself (default: 1.5 for pixels, 5 for latents)",
         type=amount)
     add("--given", None, "a video to continue", type=Path)
@@ -60,7 +60,7 @@ def settle(args, model):
     """Fill in what the run knows better than the command line; say what cannot be."""
     run, chunk = model.run, model.config.chunk
     pixels = model.config.channels == 3
-    for name, value in (("frames", 2 * run["frames"]), ("steps", 8 if pixels else 32), ("time_shift", 1.0 if pixels else 5.0),
+    for name, value in (("frames", 2 * run["frames"]), ("steps", 8 if pixels else 32), ("time_shift", run["time_shift"]),
                         ("guidance", 1.5 if pixels else 5.0), ("window", run["frames"] // chunk - 1)):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -80,24 +80,28 @@ def settle(args, model):
     return args
 
 
-def generate(model, cs, given, args):
-    """Yields frames (B, 1, ...) as they are finished; a change of text starts a new rollout on all that there is.
+def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, window=None, sink=0, seed=0):
+    """Yields frames (B, 1, C, height, width) until there are `frames`; a change of text begins a new rollout on all there is.
 
-    cs: [(the frame at which it begins, c (B, L, text_dim))]; given (B, M, ...): the frames to continue, perhaps none.
+    texts: [(the frame at which it begins, c (B, L, text_dim))]; given (B, M, C, height, width): the frames to continue,
+    perhaps none; window, sink: as in `model.cache`.
     """
-    noise = torch.Generator().manual_seed(args.seed)
-    chunk, frames = model.config.chunk, args.frames // model.config.chunk
-    done = [given[:, i:i + 1] for i in range(given.shape[1])]
-    for (_, c), end in zip(cs, [start // chunk for start, _ in cs[1:]] + [frames]):
+    noise, done = torch.Generator().manual_seed(seed), [given[:, [i]] for i in range(given.shape[1])]
+    for (_, c), end in zip(texts, [start for start, _ in texts[1:]] + [frames]):
         if end <= len(done):
             continue
-        guided = model if args.guidance == 1 or not c.any() else Guided(model, torch.zeros_like(c[:1]), args.guidance)
+        guided = model if guidance == 1 or not c.any() else Guided(model, torch.zeros_like(c[:1]), guidance)
         x = torch.randn(len(given), end - len(done), *given.shape[2:], generator=noise).to(given.device)
-        cache = guided.cache(len(given), end, window=args.window or None, sink=args.sink)
-        t = torch.ones(len(given), device=given.device)
-        for frame in rollout(guided, x, t, c, args.steps, args.time_shift, torch.cat([given[:, :0], *done], 1), cache):
+        cache, t = guided.cache(len(given), end, window=window, sink=sink), torch.ones(len(given), device=given.device)
+        for frame in rollout(guided, x, t, c, steps, time_shift, torch.cat([given[:, :0], *done], dim=1), cache):
             done.append(frame)
             yield frame
+
+
+def options(args):
+    """What `generate` is told by the command line."""
+    return dict(steps=args.steps, time_shift=args.time_shift, guidance=args.guidance, window=args.window or None,
+                sink=args.sink, seed=args.seed)
 
 
 def targets(args, names):
@@ -133,7 +137,7 @@ def make(args, model):
     texts = [(0, prompts)] + sorted((int(at), [prompt] * count) for at, prompt in args.then)
     rows = max(len(words(prompt)) for _, several in texts for prompt in several)
     words.rows = rows
-    cs = [(at, torch.stack([words(prompt) for prompt in several]).to(device)) for at, several in texts]
+    cs = [(at // chunk, torch.stack([words(prompt) for prompt in several]).to(device)) for at, several in texts]
     given = first_frames(args, model).expand(count, -1, -1, -1, -1).to(device)
     files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())}-{args.seed}-{i}"
                            for i, prompt in enumerate(prompts)])
@@ -142,7 +146,7 @@ def make(args, model):
         writers = [stack.enter_context(Writer(path, model.run["rate"])) for path in files]
         for writer, video in zip(writers, videos[0]):
             writer(video)
-        frames, seconds = generate(model, cs, given, args), []
+        frames, seconds = generate(model, cs, given, args.frames // chunk, **options(args)), []
         for i in tqdm(range(new), "frames", dynamic_ncols=True):
             begin = time.perf_counter()
             with record() if args.routing and i + 1 == new else ExitStack() as picks:
@@ -183,20 +187,21 @@ def evaluate(args, model):
         raise ValueError(f"--eval needs a model of sprites, whose world is exactly known; this one learned {run['data']}")
     chunk = model.config.chunk
     test = Sprites(run["size"], 2 * chunk, 0, "test", run["objects"], run["wall"])
-    scores, seed = [], args.seed
+    scores = []
     for i in tqdm(range(0, args.videos, 16), "batches", dynamic_ncols=True):
         indices = range(i, min(i + 16, args.videos))
         truth, c = (z.to(args.device) for z in default_collate([test[j] for j in indices]))
-        made = torch.cat([fold(truth, chunk), *generate(model, [(0, c)], fold(truth, chunk), args)], dim=1)
+        given, settings = fold(truth, chunk), options(args) | {"seed": args.seed + i}
+        made = torch.cat([given, *generate(model, [(0, c)], given, args.frames // chunk, **settings)], dim=1)
         scores.append(measure(unfold(made, chunk), [test.caption(j) for j in indices], run["wall"]))
-        args.seed += 1
-    scores, args.seed = torch.cat(scores), seed
+    scores = torch.cat(scores)
     print(f"{len(scores)} held-out videos, {args.frames} frames, the first {2 * chunk} given, window {args.window or 'none'}, "
           f"{args.steps} steps")
     print(ruler_table(scores))
     path = targets(args, ["eval"])[0].with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "frames": scores.mean(0).tolist()}))
+    frames = [[None if math.isnan(z) else z for z in row] for row in scores.nanmean(0).tolist()]
+    path.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "frames": frames}))
 
 
 def main(argv):

@@ -33,7 +33,8 @@ import rf
 from data import (Parser, Sprites, Writer, film, fold, latest_run, measure, number, open_data, ruler_table,
                   save_picture, unfold)
 from model import PRESETS, CausalDiT, read_checkpoint
-from rf import HISTORY, Guided, flow_matching_loss, rollout
+from rf import HISTORY, flow_matching_loss
+from sample import generate
 
 
 def parse(argv):
@@ -42,7 +43,7 @@ def parse(argv):
     add = parser.add
     add("--data", "sprites", 'what to learn: "sprites", a folder of videos, or one of latents (.npz)')
     add("--out", None, "the run's folder (default: a new numbered one under runs/)", type=Path)
-    add("--frames", 12, "length of a training clip, in frames (latent frames, for latents)", type=positive)
+    add("--frames", 10, "length of a training clip, in frames (latent frames, for latents)", type=positive)
     add("--size", 16, "height and width in pixels", type=positive)
     add("--chunk", None, "latent frames in a frame, the autoregressive unit (default: the preset's; the paper: 3)", type=positive)
     add("--fps", 0.0, "read videos at this rate; 0: each at its own", type=amount)
@@ -57,17 +58,17 @@ def parse(argv):
     add("--patch", None, "pixels along a side of a token (default: the preset's)", type=positive)
     add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
     add("--history", "resample", "what the frames see of their past, after the warm-up (Table 2)", choices=HISTORY)
-    add("--warmup", 1800, "steps of teacher forcing before that", type=natural)
-    add("--steps", 3200, "optimizer steps in all", type=positive)
+    add("--warmup", 1500, "steps of teacher forcing before that", type=natural)
+    add("--steps", 2700, "optimizer steps in all", type=positive)
     add("--shift", 0.6, "s of Eq. (7): below 1, the resampled history stays nearer to the truth", type=plus)
     add("--resample-steps", 1, "Euler steps from t_s to 0, Eq. (5)", type=positive)
     add("--resample-share", 1.0, "share of the batches whose history is redrawn", type=share)
     add("--noise", 0.3, 'largest noise level of --history noise', type=share)
-    add("--time-shift", 1.0, "shift of the noise levels t in the loss, Eqs. (4) and (7) (Wan: 3 to 5)", type=plus)
+    add("--time-shift", 2.0, "shift of the noise levels t, Eq. (7), in the loss and in the pictures: above 1, more noise", type=plus)
     add("--drop", 0.1, "share of the clips whose text is dropped, for guidance", type=share)
-    add("--batch", 6, "clips per optimizer step, over all processes", type=positive)
+    add("--batch", 10, "clips per optimizer step, over all processes", type=positive)
     add("--accumulate", 1, "passes that share an optimizer step", type=positive)
-    add("--lr", 4e-3, "peak learning rate", type=plus)
+    add("--lr", 1e-2, "peak learning rate", type=plus)
     add("--lr-warmup", 100, "steps in which the learning rate rises", type=natural)
     add("--decay", "linear", "how it falls after that, to 0 at --steps", choices=("constant", "linear", "cosine"))
     add("--clip", 1.0, "largest norm of the gradient", type=plus)
@@ -326,6 +327,7 @@ def main(argv):
         else:
             finish(ema, data, args, device, log)
     if world > 1:
+        dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
         dist.destroy_process_group()
 
 
@@ -376,13 +378,10 @@ def continue_clips(net, data, indices, frames, args, device):
     truth, c = default_collate([data[i] for i in indices])
     chunk = net.config.chunk
     given = fold(truth, chunk)[:, :2 if args.frames > 2 * chunk else 1].to(device)
-    noise = torch.randn(len(truth), frames // chunk - given.shape[1], *given.shape[2:],
-                        generator=torch.Generator().manual_seed(0)).to(device)
-    c = c.to(device)
-    guided = Guided(net, torch.zeros_like(c[:1]), args.guidance) if c.any() else net
-    cache = guided.cache(len(truth), frames // chunk, window=args.frames // chunk - 1)
-    made = rollout(guided, noise, torch.ones(len(truth), device=device), c, args.sample_steps, 1.0, given, cache)
-    made = tqdm(made, "rollout", noise.shape[1], leave=False, disable=noise.shape[1] < 20)
+    made = generate(net, [(0, c.to(device))], given, frames // chunk, args.sample_steps, args.time_shift, args.guidance,
+                    window=args.frames // chunk - 1)
+    new = frames // chunk - given.shape[1]
+    made = tqdm(made, "rollout", new, leave=False, disable=new < 20)
     return truth, unfold(torch.cat([given, *made], dim=1), chunk).cpu()
 
 
@@ -435,15 +434,16 @@ def finish(ema, data, args, device, log):
 
 
 def speeds(args):
-    """Median times of the run's steps, by kind, from its log."""
+    """Median times of the run's steps, by kind, from its log. What a redrawn history costs is told from the same steps
+    without it: they are then teacher-forcing steps, taken in the same minutes."""
     steps = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if "loss" in step]
-    times = {name: np.median([s["seconds"] for s in steps if s["history"] == name]) for name in {s["history"] for s in steps}}
+    steps, kinds = [step for step in steps if "loss" in step], []
+    for name in sorted({s["history"] for s in steps}, reverse=True):
+        seconds, history = np.array([(s["seconds"], s["history_seconds"]) for s in steps if s["history"] == name]).T
+        kinds.append(f"{name} {1000 * np.median(seconds):.0f} ms" + (
+            "" if name == "teacher_history" else f" ({np.median(seconds / (seconds - history)):.2f} x one without it)"))
     data = sum(s["data_seconds"] for s in steps) / sum(s["seconds"] + s["data_seconds"] for s in steps)
-    plain = times.get("teacher_history")
-    return "median step: " + ", ".join(
-        f"{name} {1000 * seconds:.0f} ms" + (f" ({seconds / plain:.2f} x)" if plain and seconds != plain else "")
-        for name, seconds in sorted(times.items(), reverse=True)) + f"; waiting for data {data:.1%} of the time"
+    return f"median step: {', '.join(kinds)}; waiting for data {data:.1%} of the time"
 
 
 if __name__ == "__main__":
