@@ -8,9 +8,9 @@ B videos, T frames, C channels, S sprites, L words.
 import argparse
 import difflib
 import re
+import textwrap
 import zipfile
-from collections import OrderedDict
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image, ImageDraw  # comes with imageio
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,11 +74,6 @@ class Words:
     def __init__(self, vocabulary, rows=8):
         self.vocabulary, self.rows = list(vocabulary), rows
         self.text_dim = max(1, 2 * len(self.vocabulary))
-
-    @classmethod
-    def of(cls, captions):
-        words = [split_words(caption) for caption in captions]
-        return cls(sorted({w for ws in words for w in ws}), max([1, *map(len, words)]))
 
     def __call__(self, prompt):
         """A prompt -> (L, text_dim), L at least `rows`. Raises ValueError for words that the model never met."""
@@ -227,13 +223,12 @@ def fit_sprites(picture, S, wall):
 
     Returns at (F, S, 2), shape (F, S), colour (F, S), clear (F, S): how much of the sprite can be seen, 0 if it is not
     there; error (F,): squared distance over that of an empty picture to a full one. Greedy matching of every colour,
-    shape and half pixel, front to back, then a descent on the positions for both orders of the two largest.
+    shape and pixel, front to back, then a descent on the positions for both orders of the two largest.
     """
     size, radius = picture.shape[-1], radius_of(picture.shape[-1], wall)
-    kernel, offset = templates(size, radius)
-    centre = torch.arange(size)[:, None, None] + 0.5 + offset
-    inside = (centre - size / 2).abs() <= size / 2 - radius + 0.3  # (size, K, 2)
-    legal = (inside[None, :, :, 0] & inside[:, None, :, 1]).permute(2, 0, 1)
+    half = int(radius * 1.3) + 2
+    kernel = coverage(torch.full((len(SHAPES), 2), half + 0.5), torch.arange(len(SHAPES)), 2 * half + 1, radius)[:, None]
+    inside = (torch.arange(size) + 0.5 - size / 2).abs() <= size / 2 - radius + 0.5
     energy = (PALETTE - BACKGROUND).square().sum(-1)
     # a pixel speaks for a colour by 1, against it by its distance: what is half another colour is no sprite of this one
     unlike = (picture[:, None] - PALETTE[..., None, None]).square().sum(2) / energy[:, None, None]
@@ -242,10 +237,10 @@ def fit_sprites(picture, S, wall):
     for doubt in (3, *[2] * (S - 1)):
         votes = F.conv2d((through * (1 - doubt * unlike)).flatten(0, 1)[:, None], kernel, padding="same")
         votes = votes.unflatten(0, unlike.shape[:2]) * energy[:, None, None, None]
-        votes = votes.masked_fill(~legal | taken[..., None, None, None], -torch.inf)
+        votes = votes.masked_fill(~(inside & inside[:, None]) | taken[..., None, None, None], -torch.inf)
         best = votes.flatten(1).argmax(1)
-        colour, k, row, column = torch.unravel_index(best, votes.shape[1:])
-        at, shape = torch.stack([column, row], -1) + 0.5 + offset[k], k // (len(kernel) // len(SHAPES))
+        colour, shape, row, column = torch.unravel_index(best, votes.shape[1:])
+        at = torch.stack([column, row], -1) + 0.5
         alpha = coverage(at, shape, size, radius)[:, None]
         seen = (alpha * through).sum((1, 2, 3))
         votes = votes.flatten(1).gather(1, best[:, None])[:, 0] / energy[colour]
@@ -265,15 +260,6 @@ def fit_sprites(picture, S, wall):
     clear = visible_share(at, shape, there, size, wall)
     error = error / (energy.mean() * kernel.square().sum((1, 2, 3)).mean() * (S - 1))
     return at, shape, colour, clear, torch.where(there.any(1), error, error.clamp(min=1))
-
-
-def templates(size, radius):
-    """Every shape at every half-pixel offset: kernels (K, 1, w, w), offsets (K, 2)."""
-    half = int(radius * 1.3) + 2
-    steps = torch.tensor([(x, y) for x in (-0.25, 0.25) for y in (-0.25, 0.25)])
-    shape = torch.arange(len(SHAPES)).repeat_interleave(len(steps))
-    offset = steps.repeat(len(SHAPES), 1)
-    return coverage(half + 0.5 + offset, shape, 2 * half + 1, radius)[:, None], offset
 
 
 def descend(picture, at, shape, colour, there, wall):
@@ -311,20 +297,17 @@ def judge(at, shape, colour, clear, named, size, wall):
     radius, scores, tracks = radius_of(size, wall), [], {}
     for t in range(len(at)):
         there = {int(colour[t, s]): s for s in reversed(range(len(at[t]))) if clear[t, s] > 0.15}
-        right = sum(1.0 if shape[t, there[c]] == named[c] or clear[t, there[c]] < 0.6 else 0.5
-                    for c in named if c in there)
+        right = sum(1.0 if shape[t, there[c]] == named[c] or clear[t, there[c]] < 0.6 else 0.5 for c in named if c in there)
         steps = {c: forecast(track, t, size, radius) for c, track in tracks.items()}
         hidden = {c for c in named if c not in there and c in steps
                   and hides(steps[c][0][0], at[t, list(there.values())], size, radius, wall)}
         sharp = {c: s for c, s in there.items() if clear[t, s] > 0.5}
         temporal = [straightness(at[t, s], *steps[c], size) for c, s in sharp.items() if c in steps]
         missing = len(set(named) - hidden - set(there))
-        if t > 1:
-            temporal += [0.0] * missing
-        text = right / max(1, len(named) - len(hidden), len(there))
-        everything_hidden = not there and not missing
+        temporal += [0.0] * missing * (t > 1)
+        text = right / max(1, len(named) - len(hidden), len(there)) if there or missing else np.nan
         temporal = [z for z in temporal if not np.isnan(z)]
-        scores.append((100 * np.mean(temporal) if temporal else np.nan, np.nan if everything_hidden else 100 * text))
+        scores.append((100 * np.mean(temporal) if temporal else np.nan, 100 * text))
         for c, s in sharp.items():
             tracks[c] = (*tracks.get(c, ())[-1:], (t, at[t, s]))
     return scores
@@ -352,13 +335,9 @@ def straightness(at, due, v, size):
 
 
 def hides(where, others, size, radius, wall):
-    """Would a sprite be all but invisible there, behind the wall or the sprites in sight? Unknown places are not."""
-    if not np.isfinite(where).all():
-        return False
-    places = torch.from_numpy(np.concatenate([where[None], others]).astype(np.float32))
-    cover = coverage(places, torch.zeros(len(places)), size, radius)
-    seen = (1 - cover[1:]).prod(0) * (~wall_columns(size) if wall else 1)
-    return bool((cover[0] * seen).sum() < 0.35 * cover[0].sum())
+    """Might a sprite be overlooked there, half behind the wall or behind one in sight? At an unknown place it might not."""
+    behind_wall = wall and abs(where[0] - size / 2) < 0.16 * size + 0.3 * radius
+    return bool(behind_wall or (np.linalg.norm(others - where, axis=-1) < 0.7 * radius).any())
 
 
 def ruler_table(scores):
@@ -381,10 +360,9 @@ def read_frames(path, size, fps=0.0, stride=1):
     steps += [("scale", f"{size}:{size}:force_original_aspect_ratio=increase"), ("crop", f"{size}:{size}")]
     count = 0
     try:
-        for frame in iio.imiter(path, plugin="pyav", filter_sequence=steps, format="rgb24"):
-            if count % stride == 0:
+        for count, frame in enumerate(iio.imiter(path, plugin="pyav", filter_sequence=steps, format="rgb24"), 1):
+            if count % stride == 1 or stride == 1:
                 yield frame
-            count += 1
     except Exception as error:  # ffmpeg's errors share no class
         if not count:
             raise ValueError(f"{path} cannot be read as a video ({one_line(error)}); any file that ffmpeg reads works, "
@@ -395,8 +373,7 @@ def read_frames(path, size, fps=0.0, stride=1):
 
 def read_video(path, size, fps=0.0, stride=1, frames=None):
     """The first `frames` frames of a file (all if None): (T, 3, size, size) float32 in [-1, 1]."""
-    clip = np.stack(list(islice(read_frames(path, size, fps, stride), frames)))
-    return to_float(clip)
+    return to_float(np.stack(list(islice(read_frames(path, size, fps, stride), frames))))
 
 
 def to_float(clip):
@@ -412,9 +389,8 @@ def files_in(folder, kind, suffixes=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f'--data {folder} is not a folder; give "sprites", a folder of videos, or one of latents (.npz)')
-    skip = {".txt", ".npz", ".json", ".md"}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")
-                   and (p.suffix in suffixes if suffixes else p.suffix.lower() not in skip))
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".") and
+                   (p.suffix in suffixes if suffixes else p.suffix.lower() not in {".txt", ".npz", ".json", ".md"}))
     if not files:
         raise ValueError(f"--data {folder} holds no {kind}")
     return files
@@ -433,22 +409,15 @@ def unfold(x, chunk):
 class Folder:
     """Random clips of T frames from files in a folder; every file once in each round of len(files) indices."""
 
-    def choose(self, index):
-        """(file number, random generator) of an index."""
+    def __getitem__(self, index):
         round_, place = divmod(index, len(self.files))
         order = np.random.default_rng([self.seed, round_]).permutation(len(self.files))
-        return int(order[place]), np.random.default_rng([self.seed, round_, place, 1])
-
-    def __getitem__(self, index):
-        number, rng = self.choose(index)
-        for other in range(len(self.files)):  # a file that turns out bad is replaced by the next
-            video = self.frames_of((number + other) % len(self.files))
-            if video is not None:
-                break
-        else:
-            raise ValueError("none of the files can be read any more")
-        start = rng.integers(len(video) - self.frames + 1)
-        return self.clip(video, start), self.text_of((number + other) % len(self.files))
+        for number in np.roll(order, -place):  # a file that turns out bad is replaced by the next
+            if (found := self.load(int(number))) is not None:
+                video, c = found
+                start = np.random.default_rng([self.seed, round_, place, 1]).integers(len(video) - self.frames + 1)
+                return self.tensor(video[start:start + self.frames]), c
+        raise ValueError("none of the files can be read any more")
 
 
 class Videos(Folder):
@@ -457,7 +426,7 @@ class Videos(Folder):
     Decoded where the item is asked for, that is in the loader's processes; each keeps up to `memory` bytes of decoded
     clips. A file that cannot be read is named once in a warning and skipped; clips too short are counted and skipped.
     """
-    channels = 3
+    channels, tensor = 3, staticmethod(to_float)
 
     def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, memory=2 ** 30):
         self.size, self.frames, self.rate, self.stride, self.seed, self.memory = size, frames, fps, stride, seed, memory
@@ -484,33 +453,25 @@ class Videos(Folder):
         self.fps = float(np.median(rates)) / stride
         texts = [path.with_suffix(".txt") for path in self.files]
         self.captions = [text.read_text().strip() if text.is_file() else "" for text in texts]
-        self.words = Words.of(self.captions)
+        said = [split_words(caption) for caption in self.captions]
+        self.words = Words(sorted(set(chain(*said))), max([1, *map(len, said)]))
         self.text_dim = self.words.text_dim
-        self.decoded, self.broken = OrderedDict(), torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+        self.decoded, self.broken = {}, torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
 
-    def frames_of(self, number):
-        if self.broken[number]:
-            return None
-        if number not in self.decoded:
+    def load(self, number):
+        """(all frames (T, size, size, 3) uint8, c) of a file, or None if it cannot be decoded."""
+        if number not in self.decoded and not self.broken[number]:
             try:
                 clip = np.stack(list(read_frames(self.files[number], self.size, self.rate, self.stride)))
                 if len(clip) < self.frames:
                     raise ValueError(f"{self.files[number]}: only {len(clip)} frames can be decoded")
+                if sum(z.nbytes for z in self.decoded.values()) + clip.nbytes > self.memory:
+                    self.decoded.clear()
+                self.decoded[number] = clip
             except ValueError as error:
                 self.broken[number] = True
                 print(f"warning: skipped from now on: {one_line(error)}")
-                return None
-            self.decoded[number] = clip
-            while len(self.decoded) > 1 and sum(z.nbytes for z in self.decoded.values()) > self.memory:
-                self.decoded.popitem(last=False)
-        self.decoded.move_to_end(number)
-        return self.decoded[number]
-
-    def clip(self, video, start):
-        return to_float(video[start:start + self.frames])
-
-    def text_of(self, number):
-        return self.words(self.captions[number])
+        return None if self.broken[number] else (self.decoded[number], self.words(self.captions[number]))
 
 
 class Latents(Folder):
@@ -552,18 +513,15 @@ class Latents(Folder):
                              "`text` (L, text_dim)")
         return path, found["latents"], found.get("text")
 
-    def frames_of(self, number):
+    def load(self, number):
+        """(latents (T, C, height, width), c) of a file."""
         with np.load(self.files[number]) as file:
-            self.text = file["text"] if "text" in file else np.zeros((1, self.text_dim))
-            return file["latents"]
+            text = torch.from_numpy(file["text"] if "text" in file else np.zeros((1, self.text_dim)))
+            return file["latents"], F.pad(text.float(), (0, 0, 0, self.rows - len(text)))
 
-    def clip(self, video, start):
-        return torch.from_numpy(video[start:start + self.frames]).float()
-
-    def text_of(self, number):
-        c = torch.zeros(self.rows, self.text_dim)
-        c[:len(self.text)] = torch.from_numpy(self.text).float()
-        return c
+    @staticmethod
+    def tensor(latents):
+        return torch.from_numpy(latents).float()
 
 
 def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=False, withheld=0.0, split="train"):
@@ -619,15 +577,24 @@ class Writer:
             self.part.unlink(missing_ok=True)
 
 
-def film(rows, columns=12, height=64):
-    """Videos (T, 3, height, width) under one another, time from left to right, as one picture (H, W, 3) uint8."""
+def film(rows, columns=12, labels=(), height=64):
+    """Videos (T, 3, height, width) under one another, each with its label, time from left to right, as one picture
+    (H, W, 3) uint8."""
     strips = []
-    for video in rows:
+    for video, label in zip_longest(rows, labels, fillvalue=""):
         chosen = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
         frames = enlarge(to_bytes(video[chosen]), height)
-        strips.append(rearrange(np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255),
-                                "t h w c -> h (t w) c"))
+        strip = rearrange(np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255), "t h w c -> h (t w) c")
+        strips.append(np.concatenate([write(label, len(strip)), strip], axis=1) if any(labels) else strip)
     return np.concatenate(strips)
+
+
+def write(text, height, width=96):
+    """Black words on white, one under another, as a picture (height, width, 3) uint8."""
+    page = Image.new("RGB", (width, height), "white")
+    lines = "\n".join(textwrap.wrap(text, width // 7))
+    ImageDraw.Draw(page).multiline_text((4, height / 2), lines, "black", anchor="lm")
+    return np.asarray(page)
 
 
 def draw_table(table, side=24):

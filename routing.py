@@ -6,7 +6,6 @@ a frame sees itself, and every history frame with a smaller number.
 
 B videos, H heads, P tokens in a frame, E width of a head.
 """
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import zip_longest
 
@@ -29,20 +28,6 @@ def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None):
     return past, F.pad(own, (n_cached, 0))
 
 
-recorded = None  # a list while `record` is open
-
-
-@contextmanager
-def record():
-    """Collects what `route` picks, one table (B, H, rows, P, columns) a call: `with record() as picks: ...`."""
-    global recorded
-    recorded = []
-    try:
-        yield recorded
-    finally:
-        recorded = None
-
-
 def route(q, k, past, top_k):
     """Eq. (9): each query token of each head picks the up to top_k past frames whose mean key it agrees with most.
 
@@ -55,10 +40,7 @@ def route(q, k, past, top_k):
         score = einsum(q.to(wide), descriptor, "b h r p e, b h c e -> b h r p c")
         score.masked_fill_(~past[:, None], -torch.inf)
         picked = score.topk(min(top_k, past.shape[1]), dim=-1).indices
-        picked = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, picked, True) & past[:, None]
-    if recorded is not None:
-        recorded.append(picked)
-    return picked
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, picked, True) & past[:, None]
 
 
 def visible(q, k, past, own, top_k):

@@ -4,27 +4,34 @@
   python sample.py "red circle and blue square" --given clip.mp4 --frames 100 --window 11
   python sample.py "red circle" --then 24 "white square"
   python sample.py --eval --frames 48                     the ruler's table on held-out sprites
+  python sample.py --compare runs/a runs/b                the same for several models, under one another
+  python sample.py --table runs/a-0 runs/a-1 runs/b-0     the tables of earlier --eval, mean and error over seeds
   python sample.py "red circle" --routing                 which history frames are looked at (Fig. 8)
 
 Frames are written as they are finished. Without --checkpoint, the latest run under runs/ is used.
 """
+import copy
 import json
 import math
 import re
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+import routing
 from data import (Parser, Sprites, Words, Writer, draw_table, film, fold, latest_run, measure, number, read_video,
                   ruler_table, save_picture, unfold)
 from model import load_checkpoint
 from rf import Guided, rollout
-from routing import record
+from routing import route
 
 
 def parse(argv):
@@ -37,12 +44,10 @@ def parse(argv):
     add("--frames", None, "length, given frames included (default: twice the training clips)", type=positive)
     add("--steps", None, "Euler steps per frame (default: 8 for pixels, 32 for latents)", type=positive)
     add("--time-shift", None, "Eq. (7) on the steps: above 1, more of them at high noise (default: as in training)", type=plus)
-    add("--guidance", None, "how much the prompt counts: 1 is the model itself (default: 1.5 for pixels, 5 for latents)",
-        type=amount)
+    add("--guidance", None, "how much the prompt counts; 1: the model itself (default: 1.5 for pixels, 5 for latents)", type=amount)
     add("--given", None, "a video to continue", type=Path)
     add("--given-frames", None, "how many of its frames to take (default: all)", type=positive)
-    add("--then", [], "from frame FRAME on follow PROMPT; may be repeated", nargs=2, action="append",
-        metavar=("FRAME", "PROMPT"))
+    add("--then", [], "from frame FRAME on follow PROMPT; may be repeated", nargs=2, action="append", metavar=("FRAME", "PROMPT"))
     add("--window", None, "history frames in sight, so that long videos stay cheap and familiar (default: as in "
         "training; 0: all)", type=natural)
     add("--sink", 0, "how many of these are the first frames of all", type=natural)
@@ -51,8 +56,10 @@ def parse(argv):
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
     add("--videos", 64, "how many, for --eval", type=positive)
-    add("--routing", False, "also draw how often each history frame is picked (needs a model with --top-k)",
-        action="store_true")
+    add("--true-history", False, "with --eval: every frame continues the truth, so that no error adds up", action="store_true")
+    add("--compare", [], "--eval of several runs on the same clips, with a picture of all", type=Path, nargs="+", metavar="RUN")
+    add("--table", [], "print what --eval wrote; NAME-0, NAME-1, ... are seeds of one NAME", type=Path, nargs="+", metavar="RUN")
+    add("--routing", False, "draw how often each history frame is picked (needs a model with --top-k)", action="store_true")
     return parser.parse_args(argv)
 
 
@@ -98,15 +105,28 @@ def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, w
             yield frame
 
 
+def extend(model, video, c, frames, given=2, **settings):
+    """The first `given` frames of video (B, T, C, height, width) and what the model makes of them: (B, frames, ...), on the CPU."""
+    chunk = model.config.chunk
+    x = fold(video, chunk)[:, :given]
+    new = frames // chunk - given
+    made = tqdm(generate(model, [(0, c)], x, frames // chunk, **settings), "rollout", new, leave=False, disable=new < 20)
+    return unfold(torch.cat([x, *made], dim=1), chunk).cpu()
+
+
 def options(args):
     """What `generate` is told by the command line."""
     return dict(steps=args.steps, time_shift=args.time_shift, guidance=args.guidance, window=args.window or None,
                 sink=args.sink, seed=args.seed)
 
 
+def samples_of(run):
+    return (run if run.is_dir() else run.parent) / "samples"
+
+
 def targets(args, names):
     """One file per video."""
-    out = args.out or Path(args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent) / "samples"
+    out = args.out or samples_of(args.checkpoint)
     if out.suffix in (".mp4", ".gif"):
         return [out] if len(names) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(names))]
     if out.suffix or out.is_file():
@@ -135,8 +155,7 @@ def make(args, model):
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
     count = len(prompts)
     texts = [(0, prompts)] + sorted((int(at), [prompt] * count) for at, prompt in args.then)
-    rows = max(len(words(prompt)) for _, several in texts for prompt in several)
-    words.rows = rows
+    words.rows = max(len(words(prompt)) for _, several in texts for prompt in several)
     cs = [(at // chunk, torch.stack([words(prompt) for prompt in several]).to(device)) for at, several in texts]
     given = first_frames(args, model).expand(count, -1, -1, -1, -1).to(device)
     files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())}-{args.seed}-{i}"
@@ -149,14 +168,14 @@ def make(args, model):
         frames, seconds = generate(model, cs, given, args.frames // chunk, **options(args)), []
         for i in tqdm(range(new), "frames", dynamic_ncols=True):
             begin = time.perf_counter()
-            with record() if args.routing and i + 1 == new else ExitStack() as picks:
+            with recorded_routes(picks) if args.routing and i + 1 == new else nullcontext():
                 frame = unfold(next(frames), chunk).cpu()
             seconds.append(time.perf_counter() - begin)
             for writer, video in zip(writers, frame):
                 writer(video)
             videos.append(frame)
     sheet = files[0].with_suffix(".png") if count == 1 else files[0].with_name("sheet.png")
-    save_picture(sheet, film(torch.cat(videos, dim=1), 16))
+    save_picture(sheet, film(torch.cat(videos, dim=1), 16, prompts))
     total = sum(seconds)
     print(f"{new * chunk * count / total:.1f} frames per second: {count} x {new * chunk} new frames in {total:.1f} s, "
           f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted")
@@ -168,11 +187,15 @@ def make(args, model):
         show_routing(picks, model.config.layers, files[0].with_name("routing.png"))
 
 
+def recorded_routes(picks):
+    """A context in which all that `route` picks, one table (B, H, rows, P, columns) a call, is also put into a list."""
+    return patch.object(routing, "route", lambda *args: picks.append(route(*args)) or picks[-1])
+
+
 def show_routing(picks, layers, path):
     """Fig. 8: how often the last frame's tokens picked each history frame, by layer, over steps, heads and tokens."""
-    share = [torch.stack([z[:, :, -1].float().mean((0, 1, 2)) for z in picks[layer::layers] if z.shape[-1] ==
-                          picks[-1].shape[-1]]).mean(0)[:-1] for layer in range(layers)]
-    share = torch.stack(share)
+    by_layer = (torch.stack([z[:, :, -1, :, :-1].float().mean((0, 1, 2)) for z in picks[i::layers]]) for i in range(layers))
+    share = torch.stack([z.mean(0) for z in by_layer])
     print(f"how often the last frame picks each history frame (columns: frame 0 to {share.shape[1] - 1}):")
     for name, row in [*((f"layer {i}", row) for i, row in enumerate(share)), ("mean", share.mean(0))]:
         print(f"{name:>8} " + " ".join(f"{z:4.2f}" for z in row.tolist()))
@@ -181,35 +204,79 @@ def show_routing(picks, layers, path):
 
 
 def evaluate(args, model):
-    """Continue held-out sprites from two true frames and measure them; the table goes to eval.json as numbers, too."""
-    run = model.run
+    """Continue held-out sprites from two true frames and measure them. Returns (truth, made), (videos, T, ...).
+
+    With --true-history every frame is the first that a rollout adds to the truth before it.
+    """
+    run, chunk = model.run, model.config.chunk
     if run["data"] != "sprites":
         raise ValueError(f"--eval needs a model of sprites, whose world is exactly known; this one learned {run['data']}")
-    chunk = model.config.chunk
-    test = Sprites(run["size"], 2 * chunk, 0, "test", run["objects"], run["wall"])
-    scores = []
+    test = Sprites(run["size"], args.frames, 0, "test", run["objects"], run["wall"])
+    N, given, truths, rollouts = args.frames // chunk, 2, [], []
+    parts = [(n, n + 1) for n in range(given, N)] if args.true_history else [(given, N)]
     for i in tqdm(range(0, args.videos, 16), "batches", dynamic_ncols=True):
-        indices = range(i, min(i + 16, args.videos))
-        truth, c = (z.to(args.device) for z in default_collate([test[j] for j in indices]))
-        given, settings = fold(truth, chunk), options(args) | {"seed": args.seed + i}
-        made = torch.cat([given, *generate(model, [(0, c)], given, args.frames // chunk, **settings)], dim=1)
-        scores.append(measure(unfold(made, chunk), [test.caption(j) for j in indices], run["wall"]))
-    scores = torch.cat(scores)
-    print(f"{len(scores)} held-out videos, {args.frames} frames, the first {2 * chunk} given, window {args.window or 'none'}, "
-          f"{args.steps} steps")
+        truth, c = (z.to(args.device) for z in default_collate([test[j] for j in range(i, min(i + 16, args.videos))]))
+        made = [truth[:, :given * chunk].cpu()]
+        for start, end in parts:
+            known = min(start, args.window or start)
+            settings = options(args) | {"seed": args.seed + i + start}
+            video = extend(model, truth[:, (start - known) * chunk:], c, (end - start + known) * chunk, known, **settings)
+            made.append(video[:, known * chunk:])
+        truths.append(truth.cpu())
+        rollouts.append(torch.cat(made, dim=1))
+    truth, made = torch.cat(truths), torch.cat(rollouts)
+    scores = measure(made, [test.caption(j) for j in range(len(made))], run["wall"])
+    print(f"{len(scores)} held-out videos, {args.frames} frames, the first {given * chunk} given, window "
+          f"{args.window or 'none'}, {args.steps} steps" + (", on true history" if args.true_history else ""))
     print(ruler_table(scores))
-    path = targets(args, ["eval"])[0].with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = samples_of(args.checkpoint) / f"{'true-history' if args.true_history else 'eval'}.json"
+    path.parent.mkdir(exist_ok=True)
     frames = [[None if math.isnan(z) else z for z in row] for row in scores.nanmean(0).tolist()]
     path.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "frames": frames}))
+    return truth, made
+
+
+def compare(path, videos, fps):
+    """path.png, time from left to right, and path.gif: clips {name: (B, T, C, height, width)}, a row for each name."""
+    longest = max(video.shape[1] for video in videos.values())
+    rows = torch.stack([F.pad(video, (0, 0) * 3 + (0, longest - video.shape[1]), value=1.0) for video in videos.values()])
+    rows = rows if rows.shape[3] == 3 else rows[:, :, :, :3] / 3  # of latents, three channels
+    clips = rearrange(rows, "r b t c h w -> (b r) t c h w")
+    save_picture(path.with_suffix(".png"), film(clips, 16, [*videos] * rows.shape[1]))
+    with Writer(path.with_suffix(".gif"), fps) as out:
+        out(rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)"))
+
+
+def print_tables(runs):
+    """What --eval wrote, per third: mean ± standard error over the seeds of a name."""
+    groups = {}
+    for run in runs:
+        path = samples_of(run) / "eval.json"
+        if not path.is_file():
+            raise ValueError(f"there is no {path}; python sample.py --eval --checkpoint {run} writes it")
+        frames = [[math.nan if z is None else z for z in row] for row in json.loads(path.read_text())["frames"]]
+        groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(frames)
+    for name, frames in groups.items():
+        print(f"{name}, {len(frames)} seed{'s' * (len(frames) > 1)}\n{ruler_table(torch.tensor(frames))}")
 
 
 def main(argv):
     args = parse(argv)
-    args.checkpoint = args.checkpoint or latest_run()
-    model = load_checkpoint(args.checkpoint).to(args.device)
-    args = settle(args, model)
-    evaluate(args, model) if args.eval else make(args, model)
+    if args.table:
+        return print_tables(args.table)
+    rows = {}
+    for args.checkpoint in args.compare or [args.checkpoint or latest_run()]:
+        model = load_checkpoint(args.checkpoint).to(args.device)
+        own = settle(copy.copy(args), model)
+        if args.eval or args.compare:
+            print(f"{args.checkpoint}:")
+            rows["truth"], rows[str(args.checkpoint)] = (video[:4] for video in evaluate(own, model))
+        else:
+            make(own, model)
+    if rows:
+        path = targets(args, ["eval"])[0]
+        compare(path, rows, model.run["rate"])
+        print(f"the first {len(rows['truth'])} of them: {path.with_suffix('.gif')} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -531,17 +532,30 @@ def test_the_ruler_gives_truth_100_and_noise_0():
     assert (measure(video[:, :1].expand_as(video), captions)[:, 2:, 1].nanmean() < 25), "standing still is not moving"
 
 
+def blurred(video, sigma):
+    g = torch.exp(-torch.arange(-4, 5.0) ** 2 / (2 * sigma ** 2))
+    pad = torch.nn.functional.pad(video.flatten(0, 2)[:, None], (4,) * 4, mode="replicate")
+    return torch.nn.functional.conv2d(pad, (g[:, None] * g / g.sum() ** 2)[None, None]).view_as(video)
+
+
 def test_the_ruler_tells_pixels_motion_and_names_apart():
     world = Sprites(split="test")
     video, captions = torch.stack([world.video(i, 18) for i in range(6)]), [world.caption(i) for i in range(6)]
-    truth = measure(video, captions).nanmean((0, 1))
-    wrong = measure(video, captions[1:] + captions[:1]).nanmean((0, 1))
-    assert wrong[2] < 60 and wrong[0] > truth[0] - 3
-    shuffled = measure(video[:, torch.randperm(18)], captions).nanmean((0, 1))
-    assert shuffled[1] < 20 and shuffled[0] > truth[0] - 3 and shuffled[2] > truth[2] - 5
-    soft = torch.nn.functional.avg_pool2d(video.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(video)
-    soft = measure(soft, captions).nanmean((0, 1))
-    assert soft[0] < truth[0] - 20 and soft[2] > truth[2] - 15
+    truth, slight, strong = (measure(z, captions).nanmean((0, 1)) for z in (video, blurred(video, 0.6), blurred(video, 2)))
+    noise = measure(torch.rand_like(video) * 2 - 1, captions).nanmean((0, 1))
+    assert (truth >= slight - 1).all() and (slight > strong + 30).all() and (strong > noise + 10).all()
+    assert slight[0] < truth[0] - 10 and slight[1] > truth[1] - 10 and slight[2] > truth[2] - 2, "blur costs Visual"
+    wrong = measure(video[:, :, [2, 0, 1]], captions).nanmean((0, 1))
+    assert wrong[2] < truth[2] - 40, "other colours cost Text"
+    jump = measure(torch.cat([video[:, :5], video[:, 12:], video[:, 5:12]], dim=1), captions).nanmean((0, 1))
+    assert jump[1] < truth[1] - 15 and (jump - truth)[[0, 2]].abs().max() < 2, "a jump costs Temporal"
+
+
+def test_the_ruler_forgives_what_the_wall_hides():
+    world = Sprites(32, split="test", wall=True)
+    video, captions = torch.stack([world.video(i, 14) for i in range(4)]), [world.caption(i) for i in range(4)]
+    truth = measure(video, captions, wall=True).nanmean((0, 1))
+    assert truth[0] > 80 and (truth[1:] > 95).all(), truth
 
 
 def run_train(folder, *flags):
@@ -737,12 +751,36 @@ def test_a_switched_prompt_is_a_new_rollout_on_all_there_is(trained):
     assert close(made, torch.cat([first, *then], 1), 1e-5)
 
 
-def test_evaluation_and_routing_are_written(trained, tmp_path, capsys):
-    sample.main(["--eval", "--videos", "2", "--frames", "9", "--steps", "1", "--checkpoint", str(trained), "--out",
-                 str(tmp_path)])
+def test_evaluations_are_written_compared_and_gathered(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "toy-0")
+    shutil.copytree(trained, tmp_path / "toy-1")
+    runs = [str(tmp_path / name) for name in ("toy-0", "toy-1")]
+    flags = ["--videos", "2", "--frames", "9", "--steps", "1"]
+    sample.main(["--compare", *runs, *flags, "--out", str(tmp_path / "both.gif")])
     out = capsys.readouterr().out
-    assert "2 held-out videos" in out and re.search(r"0-2 .*±.*±.*±", out)
-    assert np.array(json.loads((tmp_path / "eval.json").read_text())["frames"]).shape == (9, 3)
+    assert out.count("2 held-out videos") == 2 and re.search(r"0-2 .*±.*±.*±", out)
+    assert iio.imread(tmp_path / "both.gif").shape[0] == 9 and (tmp_path / "both.png").exists()
+    assert np.array(json.loads((tmp_path / "toy-1/samples/eval.json").read_text())["frames"]).shape == (9, 3)
+    sample.main(["--table", *runs])
+    assert re.search(r"toy, 2 seeds\n.*\n +0-2 .*± +0.00", capsys.readouterr().out), "the same weights, so no spread"
+    sample.main(["--eval", "--true-history", "--checkpoint", runs[0], *flags])
+    assert "on true history" in capsys.readouterr().out and (tmp_path / "toy-0/samples/true-history.json").exists()
+
+
+def test_on_true_history_each_frame_continues_the_truth(trained, monkeypatch):
+    net = load_checkpoint(trained)
+    asked = []
+    monkeypatch.setattr(sample, "extend", lambda model, video, c, frames, given, **_: asked.append(video[0, :given]) or
+                        torch.zeros(len(video), frames, 3, 8, 8))
+    flags = ["--eval", "--true-history", "--videos", "1", "--frames", "6", "--window", "3"]
+    args = sample.settle(sample.parse([*flags, "--checkpoint", str(trained)]), net)
+    truth, made = sample.evaluate(args, net)
+    assert made.shape == truth.shape and (made[:, 2:] == 0).all()
+    for n, history in enumerate(asked, 2):
+        assert torch.equal(history, truth[0, max(0, n - 3):n])
+
+
+def test_routing_is_counted_and_drawn(trained, tmp_path, capsys):
     sample.main(["--routing", "--frames", "6", "--window", "0", "--steps", "2", "--checkpoint", str(trained), "--out",
                  str(tmp_path)])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(("layer", "mean"))]
@@ -772,10 +810,11 @@ def test_a_folder_of_videos_is_read_and_its_bad_files_named(clips, capsys):
     assert [p.name for p in videos.files] == ["a.mp4", "b.gif", "c.mp4"] and videos.fps == 10
     video, c = videos[0]
     assert video.shape == (8, 3, 16, 16) and torch.equal(video, Videos(clips, 16, 8)[0][0])
-    seen = [videos.choose(i)[0] for i in range(6)]
+    seen, videos.load = [], lambda number: seen.append(number) or Videos.load(videos, number)
+    assert all(len(videos[i][0]) == 8 for i in range(6))
     assert sorted(seen[:3]) == sorted(seen[3:]) == [0, 1, 2], "no file twice in a round"
     assert videos.words.vocabulary == ["a", "circle", "moving", "red"]
-    assert (videos.text_of(0) != 0).any() and (videos.text_of(1) == 0).all()
+    assert (videos.load(0)[1] != 0).any() and (videos.load(1)[1] == 0).all()
     assert len(read_video(clips / "a.mp4", 16, fps=5)) == 7 and len(read_video(clips / "a.mp4", 16, stride=3)) == 5
     assert len(Videos(clips, 16, 5, stride=2)[1][0]) == 5
 
@@ -875,6 +914,8 @@ def test_bad_flags_are_one_line(flags, capsys):
     (["--then", "99", "red circle", "--frames", "8"], "--then 99"),
     (["--window", "2", "--sink", "2"], "--sink 2 leaves no room"),
     (["--out", "video.avi"], "video.avi"),
+    (["--table", "nowhere"], "no .*eval.json; python sample.py --eval --checkpoint nowhere writes it"),
+    (["--compare", "nowhere"], "no checkpoint at nowhere"),
 ])
 def test_bad_input_to_sampling(flags, message, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -23,18 +23,17 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import rf
-from data import (Parser, Sprites, Writer, film, fold, latest_run, measure, number, open_data, ruler_table,
-                  save_picture, unfold)
+import sample
+from data import (Parser, Sprites, fold, latest_run, number, open_data)
 from model import PRESETS, CausalDiT, read_checkpoint
 from rf import HISTORY, flow_matching_loss
-from sample import generate
+from sample import compare, extend
 
 
 def parse(argv):
@@ -58,8 +57,8 @@ def parse(argv):
     add("--patch", None, "pixels along a side of a token (default: the preset's)", type=positive)
     add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
     add("--history", "resample", "what the frames see of their past, after the warm-up (Table 2)", choices=HISTORY)
-    add("--warmup", 1500, "steps of teacher forcing before that", type=natural)
-    add("--steps", 2700, "optimizer steps in all", type=positive)
+    add("--warmup", 1400, "steps of teacher forcing before that", type=natural)
+    add("--steps", 2500, "optimizer steps in all", type=positive)
     add("--shift", 0.6, "s of Eq. (7): below 1, the resampled history stays nearer to the truth", type=plus)
     add("--resample-steps", 1, "Euler steps from t_s to 0, Eq. (5)", type=positive)
     add("--resample-share", 1.0, "share of the batches whose history is redrawn", type=share)
@@ -325,7 +324,7 @@ def main(argv):
         if step < args.steps:
             print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
         else:
-            finish(ema, data, args, device, log)
+            finish(ema, data, args, device)
     if world > 1:
         dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
         dist.destroy_process_group()
@@ -370,66 +369,46 @@ def announce(args, data, net, start, world, device):
           f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
 
 
-def continue_clips(net, data, indices, frames, args, device):
-    """(truth, rollout) (B, T, ...) of clips whose first frames are given; the truth is as long as the data has it.
+def continue_clips(net, data, frames, args, device):
+    """Four clips (4, T, ...) and what the model makes of their first frames (4, frames, ...).
 
     The window is that of training, so that no relative position is new however long the rollout.
     """
-    truth, c = default_collate([data[i] for i in indices])
-    chunk = net.config.chunk
-    given = fold(truth, chunk)[:, :2 if args.frames > 2 * chunk else 1].to(device)
-    made = generate(net, [(0, c.to(device))], given, frames // chunk, args.sample_steps, args.time_shift, args.guidance,
-                    window=args.frames // chunk - 1)
-    new = frames // chunk - given.shape[1]
-    made = tqdm(made, "rollout", new, leave=False, disable=new < 20)
-    return truth, unfold(torch.cat([given, *made], dim=1), chunk).cpu()
+    truth, c = (z.to(device) for z in default_collate([data[i] for i in range(4)]))
+    length = args.frames // net.config.chunk
+    made = extend(net, truth, c, frames, 2 if length > 2 else 1, steps=args.sample_steps, time_shift=args.time_shift,
+                  guidance=args.guidance, window=length - 1)
+    return {"truth": truth.cpu(), "rollout": made}
 
 
 def held_out(data, args):
     """Clips to look at: of sprites, ones that training never sees; of a folder, its first."""
-    if args.data != "sprites":
-        return data
-    return Sprites(args.size, args.frames, args.seed, "test", args.objects, args.wall, args.withheld)
+    kind = args.size, args.frames, args.seed, "test", args.objects, args.wall, args.withheld
+    return Sprites(*kind) if args.data == "sprites" else data
 
 
 def look(ema, data, args, device, step):
     """Pictures of continued clips, truth above and rollout below. Returns the loss under teacher forcing on them."""
     test = held_out(data, args)
-    truth, made = continue_clips(ema, test, range(4), args.frames, args, device)
-    show(args.out / "samples" / f"step_{step:06d}", truth, made, data.fps)
+    compare(args.out / "samples" / f"step_{step:06d}", continue_clips(ema, test, args.frames, args, device), data.fps)
     x, c = (z.to(device) for z in default_collate([test[i] for i in range(16)]))
     x = fold(x, ema.config.chunk)
     with torch.no_grad(), streams(0, range(16), device):
         return {"held_out_loss": flow_matching_loss(ema, x, c, x[:, :-1], args.time_shift).item()}
 
 
-def show(name, truth, made, fps):
-    """name.gif, clips side by side, and name.png, time from left to right: truth above, rollout below."""
-    blank = made.new_ones(len(made), made.shape[1] - truth.shape[1], *made.shape[2:])  # where the truth is shorter
-    truth = torch.cat([truth, blank], dim=1)
-    if made.shape[2] != 3:  # latents: three of their channels
-        truth, made = truth[:, :, :3] / 3, made[:, :, :3] / 3
-    save_picture(name.with_suffix(".png"), film([video for pair in zip(truth, made) for video in pair], 16))
-    both = torch.nn.functional.pad(torch.stack([truth, made]), (1, 1, 1, 1), value=1.0)
-    with Writer(name.with_suffix(".gif"), fps) as out:
-        out(rearrange(both, "r b t c h w -> t c (r h) (b w)"))
-
-
-def finish(ema, data, args, device, log):
+def finish(ema, data, args, device):
     """The end of a run: clips continued to four times the training length, and measured where there is a ruler."""
-    test, name = held_out(data, args), args.out / "samples" / "final"
-    count = 16 if args.data == "sprites" else 4
-    truth, made = continue_clips(ema, test, range(count), 4 * args.frames, args, device)
+    path, frames = args.out / "samples" / "final", 4 * args.frames
     if args.data == "sprites":
-        truth = torch.stack([test.video(i, 4 * args.frames) for i in range(count)])
-        scores = measure(made, [test.caption(i) for i in range(count)], args.wall)
-        print(f"{count} held-out clips continued to four times the training length, 0 to 100 (truth itself is near 100):")
-        print(ruler_table(scores))
-        log({"step": args.steps, "ruler": scores.nanmean((0, 1)).tolist()})
-    show(name, truth[:4], made[:4], data.fps)
+        print("held-out clips continued to four times the training length, 0 to 100 (truth itself is near 100):")
+        flags = f"--frames {frames} --steps {args.sample_steps} --guidance {args.guidance} --device {args.device} --videos 16"
+        sample.main(["--eval", "--checkpoint", str(args.out), "--out", f"{path}.gif", *flags.split()])
+    else:
+        compare(path, continue_clips(ema, data, frames, args, device), data.fps)
     print(speeds(args))
-    prompt = f' "{test.caption(0)}"' if args.data == "sprites" else ""
-    print(f"look at {name}.gif and {name}.png (truth above, rollout below), then try\n"
+    prompt = f' "{held_out(data, args).caption(0)}"' if args.data == "sprites" else ""
+    print(f"look at {path}.gif and {path}.png (truth above, rollout below), then try\n"
           f"  python sample.py{prompt} --checkpoint {args.out}")
 
 
