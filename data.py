@@ -244,7 +244,7 @@ def fit_sprites(picture, S, wall):
         alpha = coverage(at, shape, size, radius)[:, None]
         seen = (alpha * through).sum((1, 2, 3))
         votes = votes.flatten(1).gather(1, best[:, None])[:, 0] / energy[colour]
-        there = (votes > 0.25 * seen) & (seen > 0.2 * alpha.sum((1, 2, 3)))
+        there = (votes > 0.25 * seen) & (seen > 0.05 * alpha.sum((1, 2, 3)))
         taken[torch.arange(len(taken)), colour] = True
         found.append((at, shape, colour, there))
         through = through * (1 - alpha * there[:, None, None, None])
