@@ -110,8 +110,7 @@ def resample_history(model, x, c, s, steps, noise):
     return self_resample(model, x, c, s, steps)
 
 
-HISTORY = {"teacher": teacher_history, "noise": noise_history,
-           "parallel": parallel_history, "resample": resample_history}
+HISTORY = {"teacher": teacher_history, "noise": noise_history, "parallel": parallel_history, "resample": resample_history}
 
 
 class Guided:

@@ -42,9 +42,9 @@ def parse(argv):
     add("--checkpoint", None, "a run's folder, or its ckpt.pt (default: the latest under runs/)", type=Path)
     add("--out", None, "a folder, or one .mp4 or .gif file (default: samples/ in the run's folder)", type=Path)
     add("--frames", None, "length, given frames included (default: twice the training clips)", type=positive)
-    add("--steps", None, "Euler steps per frame (default: 8 for pixels, 32 for latents)", type=positive)
-    add("--time-shift", None, "Eq. (7) on the steps: above 1, more of them at high noise (default: as in training)", type=plus)
-    add("--guidance", None, "how much the prompt counts; 1: the model itself (default: 1.5 for pixels, 5 for latents)", type=amount)
+    add("--steps", None, "Euler steps per frame (default: 4 for pixels, 32 for latents)", type=positive)
+    add("--time-shift", 5.0, "Eq. (7) on these steps: above 1, more of them at high noise", type=plus)
+    add("--guidance", None, "how much the prompt counts; 1: the model itself (default: 2 for pixels, 5 for latents)", type=amount)
     add("--given", None, "a video to continue", type=Path)
     add("--given-frames", None, "how many of its frames to take (default: all)", type=positive)
     add("--then", [], "from frame FRAME on follow PROMPT; may be repeated", nargs=2, action="append", metavar=("FRAME", "PROMPT"))
@@ -65,10 +65,9 @@ def parse(argv):
 
 def settle(args, model):
     """Fill in what the run knows better than the command line; say what cannot be."""
-    run, chunk = model.run, model.config.chunk
-    pixels = model.config.channels == 3
-    for name, value in (("frames", 2 * run["frames"]), ("steps", 8 if pixels else 32), ("time_shift", run["time_shift"]),
-                        ("guidance", 1.5 if pixels else 5.0), ("window", run["frames"] // chunk - 1)):
+    run, chunk, pixels = model.run, model.config.chunk, model.config.channels == 3
+    for name, value in (("frames", 2 * run["frames"]), ("steps", 4 if pixels else 32), ("guidance", 2.0 if pixels else 5.0),
+                        ("window", run["frames"] // chunk - 1)):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.frames % chunk:

@@ -63,7 +63,7 @@ def parse(argv):
     add("--resample-steps", 1, "Euler steps from t_s to 0, Eq. (5)", type=positive)
     add("--resample-share", 1.0, "share of the batches whose history is redrawn", type=share)
     add("--noise", 0.3, 'largest noise level of --history noise', type=share)
-    add("--time-shift", 2.0, "shift of the noise levels t, Eq. (7), in the loss and in the pictures: above 1, more noise", type=plus)
+    add("--time-shift", 2.0, "Eq. (7) on the noise levels t of the loss: above 1, more noise (real images: 3 to 5)", type=plus)
     add("--drop", 0.1, "share of the clips whose text is dropped, for guidance", type=share)
     add("--batch", 10, "clips per optimizer step, over all processes", type=positive)
     add("--accumulate", 1, "passes that share an optimizer step", type=positive)
@@ -77,8 +77,9 @@ def parse(argv):
     add("--resume", False, "go on with --out, or with the latest run under runs/", action="store_true")
     add("--save-every", 500, "steps between checkpoints", type=positive)
     add("--sample-every", 500, "steps between pictures and held-out losses", type=positive)
-    add("--sample-steps", 8, "Euler steps per frame in these", type=positive)
-    add("--guidance", 1.5, "how much the text counts in these", type=amount)
+    add("--sample-steps", 4, "Euler steps per frame in these", type=positive)
+    add("--sample-shift", 5.0, "Eq. (7) on these steps: above 1, more of them at high noise", type=plus)
+    add("--guidance", 2.0, "how much the text counts in these", type=amount)
     add("--workers", None, "processes that decode videos (default: 2; sprites need none)", type=natural)
     add("--precision", None, "fp32 or bf16 autocast (default: bf16 on CUDA)", choices=("fp32", "bf16"))
     add("--compile", False, "torch.compile the network", action="store_true")
@@ -310,7 +311,7 @@ def main(argv):
             log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm, "history": method.__name__,
                  "seconds": end - begin, "history_seconds": seconds, "data_seconds": begin - before_data})
             bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / (end - begin):.0%} of the time")
-            if step % args.sample_every == 0 and step < args.steps:
+            if step % args.sample_every == 0 or step == args.steps:
                 log({"step": step} | look(ema, data, args, device, step))
             if step % args.save_every == 0 or step == args.steps or stop:
                 save(net, ema, optimizer, step, args)
@@ -376,7 +377,7 @@ def continue_clips(net, data, frames, args, device):
     """
     truth, c = (z.to(device) for z in default_collate([data[i] for i in range(4)]))
     length = args.frames // net.config.chunk
-    made = extend(net, truth, c, frames, 2 if length > 2 else 1, steps=args.sample_steps, time_shift=args.time_shift,
+    made = extend(net, truth, c, frames, 2 if length > 2 else 1, steps=args.sample_steps, time_shift=args.sample_shift,
                   guidance=args.guidance, window=length - 1)
     return {"truth": truth.cpu(), "rollout": made}
 
@@ -402,8 +403,9 @@ def finish(ema, data, args, device):
     path, frames = args.out / "samples" / "final", 4 * args.frames
     if args.data == "sprites":
         print("held-out clips continued to four times the training length, 0 to 100 (truth itself is near 100):")
-        flags = f"--frames {frames} --steps {args.sample_steps} --guidance {args.guidance} --device {args.device} --videos 16"
-        sample.main(["--eval", "--checkpoint", str(args.out), "--out", f"{path}.gif", *flags.split()])
+        flags = f"--frames {frames} --steps {args.sample_steps} --time-shift {args.sample_shift} --guidance {args.guidance}"
+        sample.main(["--eval", "--videos", "16", f"--checkpoint={args.out}", f"--out={path}.gif", f"--device={args.device}",
+                     *flags.split()])
     else:
         compare(path, continue_clips(ema, data, frames, args, device), data.fps)
     print(speeds(args))
