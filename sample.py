@@ -179,8 +179,8 @@ def make(args, model):
     print(f"{new * chunk * count / total:.1f} frames per second: {count} x {new * chunk} new frames in {total:.1f} s, "
           f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted")
     if new >= 40:
-        early, late = (1000 * sorted(part)[10] for part in (seconds[19:40], seconds[-21:]))
-        print(f"median time of a frame: {early:.0f} ms for the 20th to 40th, {late:.0f} ms for the last 21")
+        early, late = (1000 * sorted(part)[len(part) // 2] for part in (seconds[19:new // 2], seconds[new // 2:]))
+        print(f"median time of a frame: {early:.0f} ms for the 20th to {new // 2}th, {late:.0f} ms for the rest")
     print("\n".join(f"{path}: {prompt or 'no prompt'}" for path, prompt in zip(files, prompts)) + f"\nall of them: {sheet}")
     if args.routing:
         show_routing(picks, model.config.layers, files[0].with_name("routing.png"))
