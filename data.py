@@ -348,7 +348,7 @@ def ruler_table(scores):
     for start, end in [*zip(edges, edges[1:]), (0, edges[-1])]:
         z = scores[:, start:end].nanmean(dim=1)
         n = (~z.isnan()).sum(0).clamp(min=1)
-        spread = ((z - z.nanmean(0)).square().nansum(0) / (n - 1).clamp(min=1) / n).sqrt()
+        spread = ((z - z.nanmean(0)).square().nansum(0) / (n - 1) / n).sqrt()
         lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(f"{z.nanmean(0)[i]:8.2f} ± {spread[i]:5.2f}" for i in (1, 0, 2)))
     return "\n".join(lines)
 

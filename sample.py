@@ -178,7 +178,7 @@ def make(args, model):
     total = sum(seconds)
     print(f"{new * chunk * count / total:.1f} frames per second: {count} x {new * chunk} new frames in {total:.1f} s, "
           f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted")
-    if new >= 40:
+    if new >= 80:
         early, late = (1000 * sorted(part)[len(part) // 2] for part in (seconds[19:new // 2], seconds[new // 2:]))
         print(f"median time of a frame: {early:.0f} ms for the 20th to {new // 2}th, {late:.0f} ms for the rest")
     print("\n".join(f"{path}: {prompt or 'no prompt'}" for path, prompt in zip(files, prompts)) + f"\nall of them: {sheet}")
