@@ -105,7 +105,7 @@ SHAPES = {  # signed distance to the edge, in radii, at (x, y) radii from the ce
     "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.85,
     "triangle": lambda x, y: torch.maximum(y - 0.75, 0.866 * x.abs() - 0.5 * y - 0.6),
 }
-SPEED = (0.03, 0.075)  # canvas sizes per frame
+SPEED, WALL_HALF = (0.025, 0.06), 0.16  # canvas sizes: per frame, and from the wall's middle to its edges
 
 
 def radius_of(size, wall):
@@ -126,7 +126,7 @@ def coverage(at, shape, size, radius):
 
 def wall_columns(size):
     """Which columns of pixels the wall hides: the middle third or so."""
-    return (torch.arange(size) >= round(size * 0.34)) & (torch.arange(size) < round(size * 0.66))
+    return (torch.arange(size) + 0.5 - size / 2).abs() < WALL_HALF * size
 
 
 def paint(at, shape, colour, size, wall=False, shown=None):
@@ -165,14 +165,15 @@ class Sprites:
     def scene(self, index, frames=None):
         """(colour (S,), shape (S,), at (T, S, 2) in pixels): the truth about a clip of any length."""
         rng = np.random.default_rng([*self.key, index])
-        colour = torch.from_numpy(rng.permutation(len(COLOURS))[:self.objects])
-        shape = torch.from_numpy(rng.integers(len(SHAPES), size=self.objects))
+        colour = rng.permutation(len(COLOURS))[:self.objects]
+        shape = rng.integers(len(SHAPES), size=self.objects)
         margin = radius_of(self.size, self.wall)
-        start = torch.from_numpy(rng.uniform(margin, self.size - margin, (self.objects, 2)))
+        start = rng.uniform(margin, self.size - margin, (self.objects, 2))
         speed, angle = rng.uniform(*SPEED, self.objects) * self.size, rng.uniform(0, 2 * np.pi, self.objects)
-        step = torch.from_numpy(np.stack([speed * np.cos(angle), speed * np.sin(angle)], -1))
-        path = start + step * torch.arange(frames or self.frames)[:, None, None]
-        return colour, shape, reflect(path, margin, self.size - margin).float()
+        step = np.stack([speed * np.cos(angle), speed * np.sin(angle)], -1)
+        path = start + step * np.arange(frames or self.frames)[:, None, None]
+        at = reflect(path, margin, self.size - margin).astype(np.float32)
+        return torch.from_numpy(colour), torch.from_numpy(shape), torch.from_numpy(at)
 
     def caption(self, index):
         """For instance "red circle and blue square", the sprite in front first."""
@@ -184,9 +185,17 @@ class Sprites:
         return paint(at, shape, colour, self.size, self.wall)
 
     def __getitem__(self, index):
-        colour, shape, at = self.scene(index)
-        silent = self.withheld and np.random.default_rng([*self.key, index, 1]).random() < self.withheld
-        return paint(at, shape, colour, self.size, self.wall), self.words("" if silent else name(colour, shape))
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        """Several clips are painted at once; torch's DataLoader asks for a batch in this way."""
+        colour, shape, at = (torch.stack(z) for z in zip(*map(self.scene, indices)))
+        texts = ["" if self.silent(i) else name(c, s) for i, c, s in zip(indices, colour, shape)]
+        videos = paint(at, shape[:, None], colour[:, None], self.size, self.wall)
+        return [*zip(videos, map(self.words, texts))]
+
+    def silent(self, index):
+        return self.withheld and np.random.default_rng([*self.key, index, 1]).random() < self.withheld
 
 
 def name(colour, shape):
@@ -336,7 +345,7 @@ def straightness(at, due, v, size):
 
 def hides(where, others, size, radius, wall):
     """Might a sprite be overlooked there, half behind the wall or behind one in sight? At an unknown place it might not."""
-    behind_wall = wall and abs(where[0] - size / 2) < 0.16 * size + 0.3 * radius
+    behind_wall = wall and abs(where[0] - size / 2) < WALL_HALF * size + 0.3 * radius
     return bool(behind_wall or (np.linalg.norm(others - where, axis=-1) < 0.7 * radius).any())
 
 

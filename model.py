@@ -23,10 +23,10 @@ from routing import attend, sparse_causal_mask
 class Config:
     """What a checkpoint needs to know of the network. Raises ValueError for sizes that do not fit together."""
     channels: int = 3       # of one latent frame (or of pixels)
-    dim: int = 128
-    ffn_dim: int = 512
+    dim: int = 96
+    ffn_dim: int = 384
     heads: int = 4
-    layers: int = 4
+    layers: int = 3
     patch: int = 4          # pixels along a side of a token
     chunk: int = 1          # latent frames in a frame, the autoregressive unit
     text_dim: int = 20

@@ -657,7 +657,7 @@ def test_sigterm_saves_and_resume_finds_the_latest(tmp_path):
 
 
 def test_two_processes_are_one(tmp_path):
-    flags = [*TINY, "--batch", "4", "--steps", "3", "--warmup", "1", "--accumulate", "1"]
+    flags = [*TINY, "--batch", "4", "--steps", "3", "--warmup", "1", "--accumulate", "1", "--lr", "1e-3"]
     train.main([*flags, "--out", str(tmp_path / "one")])
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "train.py",
                     *flags, "--out", tmp_path / "two", cwd=tmp_path)
