@@ -7,7 +7,10 @@ B videos, T frames, C channels, S sprites, L words.
 """
 import argparse
 import difflib
+import html
+import os
 import re
+import sys
 import textwrap
 import zipfile
 from itertools import chain, islice, zip_longest
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw  # comes with imageio
+from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +58,14 @@ def number(kind, low, high=float("inf"), above=False):
             raise argparse.ArgumentTypeError(f"got {text}, wanted {'a whole' if kind is int else 'a'} number {wanted}")
         return value
     return read
+
+
+def pixels(text):
+    """An argparse type: 64 -> 64, for squares; 480x832 -> (480, 832), height and width."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found or 0 in map(int, filter(None, found.groups())):
+        raise argparse.ArgumentTypeError(f"got {text}, wanted pixels: one number for squares, or HEIGHTxWIDTH such as 480x832")
+    return (int(found[1]), int(found[2])) if found[2] else int(found[1])
 
 
 def latest_run():
@@ -363,10 +375,11 @@ def ruler_table(scores):
 
 
 def read_frames(path, size, fps=0.0, stride=1):
-    """Decode a file lazily: frames (size, size, 3) uint8, resized, cut to the centre square, every `stride`-th of them
-    at `fps` frames per second (0: the file's own rate). Raises ValueError if nothing can be read."""
-    steps = [("fps", str(fps))] if fps else []
-    steps += [("scale", f"{size}:{size}:force_original_aspect_ratio=increase"), ("crop", f"{size}:{size}")]
+    """Decode a file lazily: frames (height, width, 3) uint8, resized and cut to the centre, every `stride`-th of them at
+    `fps` frames per second (0: the file's own rate). size: (height, width), or one number for a square. Raises
+    ValueError if nothing can be read."""
+    steps, (height, width) = [("fps", str(fps))] if fps else [], size if isinstance(size, tuple) else (size, size)
+    steps += [("scale", f"{width}:{height}:force_original_aspect_ratio=increase"), ("crop", f"{width}:{height}")]
     count = 0
     try:
         for count, frame in enumerate(iio.imiter(path, plugin="pyav", filter_sequence=steps, format="rgb24"), 1):
@@ -533,9 +546,96 @@ class Latents(Folder):
         return torch.from_numpy(latents).float()
 
 
+class Wan:
+    """Wan 2.1's VAE and text encoder from a diffusers folder, an optional extra: videos and prompts to what the network
+    reads, and back. Raises ValueError where a part is missing."""
+    NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+                "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+                "三条腿，背景人很多，倒着走")
+    rows = 512
+
+    def __init__(self, path, device="cpu"):
+        try:
+            import ftfy
+            from diffusers import AutoencoderKLWan
+            from transformers import AutoTokenizer, UMT5EncoderModel
+        except ImportError as error:
+            raise ValueError(f"--wan needs `pip install diffusers transformers ftfy` ({one_line(error)})") from None
+        for part in ("vae", "text_encoder", "tokenizer"):
+            if not (Path(path) / part).is_dir():
+                raise ValueError(f"--wan {path} has no folder {part}/; give a diffusers folder of Wan 2.1, such as one made "
+                                 "from Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        self.fix, self.device = ftfy.fix_text, device
+        self.vae = AutoencoderKLWan.from_pretrained(Path(path) / "vae").to(device).eval()
+        self.encoder = UMT5EncoderModel.from_pretrained(Path(path) / "text_encoder", dtype=torch.bfloat16).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(Path(path) / "tokenizer")
+        self.mean, self.std = (torch.tensor(z, device=device).view(-1, 1, 1, 1)
+                               for z in (self.vae.config.latents_mean, self.vae.config.latents_std))
+
+    @torch.no_grad()
+    def text(self, prompts):
+        """Prompts -> c (B, 512, text_dim); rows past a prompt's end are zero."""
+        clean = [" ".join(html.unescape(html.unescape(self.fix(prompt))).split()) for prompt in prompts]
+        tokens = self.tokenizer(clean, padding="max_length", max_length=self.rows, truncation=True, return_tensors="pt")
+        tokens = tokens.to(self.device)
+        hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return (hidden * tokens.attention_mask[..., None]).float()
+
+    @torch.no_grad()
+    def encode(self, video):
+        """(B, 4 n - 3, 3, height, width) in [-1, 1] -> normalised latents (B, n, 16, height / 8, width / 8)."""
+        latents = self.vae.encode(video.transpose(1, 2).to(self.device)).latent_dist.mode()
+        return ((latents - self.mean) / self.std).transpose(1, 2)
+
+    def decoder(self):
+        """A function from latents (B, n, 16, h, w) to the pixels that they add to those of its earlier calls: one frame
+        for the very first latent, four for each later one. It holds the VAE's causal cache and no video."""
+        held = [None] * sum(type(module).__name__ == "WanCausalConv3d" for module in self.vae.decoder.modules())
+        first = True
+
+        @torch.no_grad()
+        def decode(latents):
+            nonlocal first
+            made = []
+            for z in self.vae.post_quant_conv(latents.to(self.device).transpose(1, 2) * self.std + self.mean).split(1, dim=2):
+                made.append(self.vae.decoder(z, feat_cache=held, feat_idx=[0], first_chunk=first))
+                first = False
+            return torch.cat(made, dim=2).clamp(-1, 1).transpose(1, 2)
+        return decode
+
+
+def encode_folder(args):
+    """Every clip of --frames frames in a folder of videos to one .npz of latents and text. Finished ones are kept, so that
+    a second call goes on after a kill; under torchrun the files are shared out."""
+    files, wan = files_in(args.videos, "videos"), Wan(args.wan, args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(files[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))], "videos"):
+        said = path.with_suffix(".txt")
+        try:
+            frames = read_frames(path, args.size, args.fps)
+            for number, clip in enumerate(iter(lambda: list(islice(frames, args.frames)), [])):
+                name = "-".join(path.relative_to(args.videos).with_suffix("").parts)
+                out = args.out / f"{name}-{path.suffix[1:]}-{number:04d}.npz"
+                if len(clip) == args.frames and not out.exists():
+                    latents = wan.encode(to_float(np.stack(clip))[None])[0].half().cpu().numpy()
+                    text = wan.text([said.read_text() if said.is_file() else ""])[0].half().cpu().numpy()
+                    part = out.with_suffix(".part")
+                    with open(part, "wb") as file:
+                        np.savez(file, latents=latents, text=text)
+                    part.replace(out)
+            if not number and len(clip) < args.frames:
+                print(f"warning: skipped: {path} has {len(clip)} frames; wanted at least --frames {args.frames}")
+        except ValueError as error:
+            print(f"warning: skipped: {one_line(error)}")
+    if not any(args.out.glob("*.npz")):
+        raise ValueError(f"nothing in {args.videos} could be encoded; wanted videos of at least {args.frames} frames")
+
+
 def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=False, withheld=0.0, split="train"):
     """The dataset that `--data` names: "sprites", a folder of latents (it holds .npz files) or a folder of videos."""
     if data == "sprites":
+        if isinstance(size, tuple):
+            raise ValueError(f"--size {size[0]}x{size[1]}: the world of the sprites is square; one number would work")
         return Sprites(size, frames, seed, split, objects, wall, withheld)
     if Path(data).is_dir() and any(Path(data).rglob("*.npz")):
         return Latents(data, frames, seed)
@@ -615,3 +715,25 @@ def draw_table(table, side=24):
 def save_picture(path, picture):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     iio.imwrite(path, picture)
+
+
+def main(argv):
+    parser = Parser("Turn a folder of videos into latents for train.py --data, with Wan 2.1's VAE and text encoder.")
+    parser.add_argument("command", choices=["encode"])
+    parser.add_argument("videos", type=Path, help="a folder of videos; name.txt beside name.mp4 is its caption")
+    parser.add_argument("out", type=Path, help="a folder for the .npz files")
+    parser.add("--wan", None, "a diffusers folder of Wan 2.1, with vae/, text_encoder/ and tokenizer/", type=Path, required=True)
+    parser.add("--size", (480, 832), "height and width in pixels, multiples of 16 (default 480x832)", type=pixels)
+    parser.add("--frames", 81, "length of a clip in frames, 4 n - 3 for n latents", type=number(int, 1))
+    parser.add("--fps", 16.0, "read videos at this rate", type=number(float, 0, above=True))
+    parser.add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    args = parser.parse_args(argv)
+    if any(side % 16 for side in np.atleast_1d(args.size)):
+        raise ValueError(f"--size {args.size}: Wan's height and width are multiples of 16, for instance 480x832")
+    if args.frames % 4 != 1:
+        raise ValueError(f"--frames {args.frames}: the VAE makes n latents of 4 n - 3 frames; {args.frames // 4 * 4 + 1} would work")
+    encode_folder(args)
+
+
+if __name__ == "__main__":
+    Parser(main.__doc__).guard(main, sys.argv[1:])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from routing import attend, sparse_causal_mask
 
@@ -140,11 +141,13 @@ class Cache:
             self.sink_k[layer][:, :, sink:sink + fresh.shape[2]] = rotate(fresh, self.onward(-self.first, k.device))
         return (z[layer][:, :, :self.length + n_noisy] for z in (self.k, self.v))
 
-    def words_of(self, c, make):
-        """The text's keys and values: made once for a c, and kept while it is the same tensor."""
+    def words_of(self, c, text, attention):
+        """A cross-attention's keys and values of the text: made once for a c, and kept while it is the same tensor."""
         if self.c is not c:
-            self.c, self.words = c, make(c)
-        return self.words
+            self.c, self.words = c, {}
+        if attention not in self.words:
+            self.words[attention] = attention.words(text)
+        return self.words[attention]
 
     def onward(self, frames, device):
         """The rotation that moves a key by so many frames."""
@@ -220,12 +223,13 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
 
     def forward(self, x, e6, words, angles, past, own, put):
-        """x (B, M, P, D), e6 (B, M, 6, D) -> the last len(past) frames; only their keys and values need the others."""
+        """x (B, M, P, D), e6 (B, M, 6, D) -> the last len(past) frames; only their keys and values need the others.
+        words: a function from the cross-attention to its keys and values, so that its weights are used in here."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e6).unsqueeze(-2).unbind(2)
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         x, gate1, shift2, scale2, gate2 = (z[:, z.shape[1] - len(past):] for z in (x, gate1, shift2, scale2, gate2))
         x = torch.addcmul(x, gate1, self.self_attn(h, angles, past, own, put).to(x.dtype))
-        x = x + self.cross_attn(self.norm3(x), *words)
+        x = x + self.cross_attn(self.norm3(x), *words(self.cross_attn))
         h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.ffn(h).to(x.dtype))
 
@@ -248,7 +252,7 @@ class CausalDiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False  # recompute: blocks are run again in backward, to save memory
         dim = config.dim
         self.patch_embedding = nn.Linear(config.channels * config.patch ** 2, dim)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -291,7 +295,8 @@ class CausalDiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             e = self.time_embedding(sinusoid(1000 * F.pad(t, (M, 0)), config.freq_dim).to(dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1))
-        words = self.words(c.to(dtype)) if cache is None else cache.words_of(c, lambda c: self.words(c.to(dtype)))
+        text = self.text_embedding(c.to(dtype))
+        words = (lambda attention: attention.words(text)) if cache is None else partial(cache.words_of, c, text)
         patches = rearrange(torch.cat([history, x], dim=1), "b m (t c) (h p) (w q) -> b m (t h w) (c p q)",
                             t=config.chunk, p=config.patch, q=config.patch)
         x = self.patch_embedding(patches.to(dtype)).to(dtype)
@@ -299,16 +304,12 @@ class CausalDiT(nn.Module):
             if layer + 1 == len(self.blocks):  # nobody reads the history's own output
                 past, own = past[M:], own[M:]
             put = (lambda k, v: (k, v)) if cache is None else partial(cache.put, layer, n_noisy=N)
-            x = block(x, e6, words[layer], angles, past, own, put)
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
+            x = run(x, e6, words, angles, past, own, put)
         with torch.autocast(x.device.type, enabled=False):
             v = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
         return rearrange(v, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", t=config.chunk, h=height, p=config.patch,
                          q=config.patch)
-
-    def words(self, c):
-        """Every block's keys and values of the text c (B, L, text_dim)."""
-        text = self.text_embedding(c)
-        return [block.cross_attn.words(text) for block in self.blocks]
 
     def check(self, x, c):
         config, (_, _, channels, height, width) = self.config, x.shape

@@ -6,12 +6,13 @@ a frame sees itself, and every history frame with a smaller number.
 
 B videos, H heads, P tokens in a frame, E width of a head.
 """
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from einops import einsum
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 
 def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None):
@@ -28,19 +29,25 @@ def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None):
     return past, F.pad(own, (n_cached, 0))
 
 
-def route(q, k, past, top_k):
+def pick(q, k, past, top_k):
     """Eq. (9): each query token of each head picks the up to top_k past frames whose mean key it agrees with most.
 
-    q (B, H, rows, P, E), k (B, H, columns, P, E), past (rows, columns) -> bool (B, H, rows, P, columns). The scores
-    are at least fp32 and the choice carries no gradient. A frame itself is always seen and is not counted here.
+    q (B, H, rows, P, E), k (B, H, columns, P, E), past (rows, columns) -> the picked columns (B, H, rows, P, K) and,
+    bool and of that shape, which of them are past at all. The scores are at least fp32; no gradient passes.
     """
     past, wide = past.to(q.device), torch.promote_types(q.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         descriptor = k.mean(dim=-2, dtype=wide)  # phi(K_j)
         score = einsum(q.to(wide), descriptor, "b h r p e, b h c e -> b h r p c")
-        score.masked_fill_(~past[:, None], -torch.inf)
-        picked = score.topk(min(top_k, past.shape[1]), dim=-1).indices
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, picked, True) & past[:, None]
+        score, picked = score.masked_fill_(~past[:, None], -torch.inf).topk(min(top_k, past.shape[1]), dim=-1)
+        return picked, score > -torch.inf
+
+
+def route(q, k, past, top_k):
+    """`pick` as a table: which past frames each token sees, bool (B, H, rows, P, columns). A frame itself is always seen
+    and is not counted here."""
+    picked, valid = pick(q, k, past, top_k)
+    return valid.new_zeros(*picked.shape[:-1], past.shape[1]).scatter_(-1, picked, valid)
 
 
 def visible(q, k, past, own, top_k):
@@ -65,6 +72,8 @@ def attend(q, k, v, past, own, top_k=None):
     q (B, H, rows, P, E); k, v (B, H, columns, P, E); past, own from `sparse_causal_mask`, best left on the CPU;
     top_k: Eq. (9), None for dense history -> (B, H, rows, P, E). The softmax and its sums are at least fp32.
     """
+    if q.is_cuda:
+        return attend_flex(q, k, v, past, own) if top_k is None else attend_picked(q, k, v, past, own, top_k)
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         seen = visible(q, k, past, own, top_k).flatten(0, 1)
@@ -157,3 +166,83 @@ def add(total, index, part):
         total[:, index] += part
     else:
         total.index_add_(1, index, part)
+
+
+def attend_flex(q, k, v, past, own):
+    """`attend` where history is dense, on CUDA. A pass of one or two frames, as in a rollout, needs no mask at all."""
+    P, reach, itself = q.shape[3], past.sum(1).tolist(), own.int().argmax(1).tolist()
+    if len(reach) <= 2 and reach == itself:
+        rows = [F.scaled_dot_product_attention(q[:, :, r], *(z[:, :, :n + 1].flatten(2, 3) for z in (k, v)))
+                for r, n in enumerate(reach)]
+        return torch.stack(rows, dim=2)
+    mask = dense_blocks(tuple(reach), tuple(itself), k.shape[2], P, q.device)
+    return flex()(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask).unflatten(2, (-1, P))
+
+
+@cache
+def flex():
+    """FlexAttention, compiled once for all shapes."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@lru_cache(maxsize=64)
+def dense_blocks(reach, itself, columns, P, device, size=128):
+    """FlexAttention's block mask for rows that see the columns before `reach` and the one that is their own, made from
+    the counts of frame pairs in each block: no table has more entries than there are blocks."""
+    reach, itself, column = torch.tensor(reach), torch.tensor(itself), torch.arange(columns)
+    seen = (column < reach[:, None]) | (column == itself[:, None])
+    below = F.pad(seen.int().cumsum(0).cumsum(1), (1, 0, 1, 0))  # how many pairs are seen above and left of a corner
+    (r0, r1, whole_rows), (c0, c1, whole_columns) = (frames_of_blocks(n, P, size) for n in seen.shape)
+    count = below[r1][:, c1] - below[r0][:, c1] - below[r1][:, c0] + below[r0][:, c0]
+    full = (count == (r1 - r0)[:, None] * (c1 - c0)) & whole_rows[:, None] & whole_columns
+    kinds = [z.to(device)[None, None] for blocks in ((count > 0) & ~full, full)
+             for z in (blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int())]
+    reach, itself = reach.to(device), itself.to(device)
+    return BlockMask.from_kv_blocks(
+        *kinds, BLOCK_SIZE=size, seq_lengths=(len(reach) * P, columns * P),
+        mask_mod=lambda b, h, q, s: (s // P < reach[q // P]) | (s // P == itself[q // P]))
+
+
+def frames_of_blocks(frames, P, size):
+    """Of each block of `size` tokens: its first frame, the one after its last, and whether it is a whole block."""
+    start = torch.arange(0, frames * P, size)
+    end = start + size
+    return start // P, (end.clamp(max=frames * P) - 1) // P + 1, end <= frames * P
+
+
+def attend_picked(q, k, v, past, own, top_k):
+    """`attend` where history is routed, on CUDA, at the cost of the picked frames alone.
+
+    Each token goes, once for its own frame and once for every frame it picked, into a queue sorted by frame; the queue
+    attends, each entry to its one frame; a token's parts are merged by their log-sum-exp, which carries gradient.
+    """
+    picked, valid = pick(q, k, past, top_k)
+    itself = own.int().argmax(1).to(q.device)[:, None, None].expand(*picked.shape[:-1], 1)
+    picked, valid = torch.cat([itself, picked], dim=-1).flatten(2), F.pad(valid, (1, 0), value=True)
+    frame, order = picked.sort(dim=-1, stable=True)
+    token = order // valid.shape[-1]
+    entries = token[..., None].expand(*token.shape, q.shape[-1])
+    out, lse = attend_one_frame(q.flatten(2, 3).gather(2, entries), k.flatten(2, 3), v.flatten(2, 3), frame, q.shape[3])
+    lse = lse.masked_fill(~valid.flatten(2).gather(-1, order), -torch.inf)  # fewer past frames than top_k
+    total = torch.empty_like(lse).scatter(-1, order, lse).unflatten(-1, (-1, valid.shape[-1])).logsumexp(-1)
+    part = out * (lse - total.gather(-1, token)).exp()[..., None]
+    return part.new_zeros(q.flatten(2, 3).shape).scatter_add(2, entries, part).to(q.dtype).view_as(q)
+
+
+def attend_one_frame(q, k, v, frame, P):
+    """Queries (B, H, Q, E), each to the P keys of its frame (B, H, Q), in rising order -> (out, log-sum-exp (B, H, Q))."""
+    if not q.is_cuda:  # to be tested where FlexAttention has no backward
+        score = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(frame[..., None] != torch.arange(k.shape[2]) // P, -torch.inf)
+        return score.softmax(-1) @ v, score.logsumexp(-1)
+    out, aux = flex()(q, k, v, block_mask=picked_blocks(frame, k.shape[2], P), return_aux=AuxRequest(lse=True))
+    return out, aux.lse
+
+
+def picked_blocks(frame, S, P, size=512):
+    """The block mask of `attend_one_frame`: each block of the queue spans the keys from its first frame to its last."""
+    Q, blocks = frame.shape[-1], -(-S // size)
+    start = torch.arange(0, Q, size, device=frame.device)
+    low, high = frame[..., start] * P // size, (frame[..., (start + size - 1).clamp(max=Q - 1)] * P + P - 1) // size
+    index = (low[..., None] + torch.arange(blocks, device=frame.device)).clamp(max=blocks - 1)
+    return BlockMask.from_kv_blocks((high - low + 1).int(), index.int(), BLOCK_SIZE=size, seq_lengths=(Q, S),
+                                    mask_mod=lambda b, h, q, s: frame[b, h, q] == s // P)

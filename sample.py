@@ -27,11 +27,11 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import routing
-from data import (Parser, Sprites, Words, Writer, draw_table, film, fold, latest_run, measure, number, read_video,
+from data import (Parser, Sprites, Wan, Words, Writer, draw_table, film, fold, latest_run, measure, number, read_video,
                   ruler_table, save_picture, unfold)
 from model import load_checkpoint
 from rf import Guided, rollout
-from routing import route
+from routing import pick
 
 
 def parse(argv):
@@ -47,6 +47,8 @@ def parse(argv):
     add("--guidance", None, "how much the prompt counts; 1: the model itself (default: 2 for pixels, 5 for latents)", type=amount)
     add("--given", None, "a video to continue", type=Path)
     add("--given-frames", None, "how many of its frames to take (default: all)", type=positive)
+    add("--wan", None, "for a model of latents: a diffusers folder with Wan's VAE and text encoder", type=Path)
+    add("--negative", Wan.NEGATIVE, "with --wan: what guidance leads away from (default: Wan's own negative prompt)")
     add("--then", [], "from frame FRAME on follow PROMPT; may be repeated", nargs=2, action="append", metavar=("FRAME", "PROMPT"))
     add("--window", None, "history frames in sight, so that long videos stay cheap and familiar (default: as in "
         "training; 0: all)", type=natural)
@@ -77,8 +79,10 @@ def settle(args, model):
         raise ValueError(f"--sink {args.sink} leaves no room in --window {args.window}; it must be smaller")
     if args.routing and model.config.top_k is None:
         raise ValueError("--routing needs a model that routes: train one with --top-k, for instance --top-k 5")
-    if not pixels and (args.given or args.prompts):
-        raise ValueError("this model was trained on latents: it needs their text encoder and decoder for that")
+    if not pixels and not args.wan and not args.eval:
+        raise ValueError("this model makes latents: --wan PATH names the VAE and the text encoder that they belong to")
+    if pixels and args.wan:
+        raise ValueError("--wan: this model makes pixels itself, and needs no VAE")
     for at, _ in args.then:
         if not at.isdigit() or not 0 < int(at) < args.frames or int(at) % chunk:
             raise ValueError(f"--then {at}: wanted a frame's number between {chunk} and {args.frames - chunk}, "
@@ -86,17 +90,17 @@ def settle(args, model):
     return args
 
 
-def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, window=None, sink=0, seed=0):
+def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, window=None, sink=0, seed=0, null=None):
     """Yields frames (B, 1, C, height, width) until there are `frames`; a change of text begins a new rollout on all there is.
 
     texts: [(the frame at which it begins, c (B, L, text_dim))]; given (B, M, C, height, width): the frames to continue,
-    perhaps none; window, sink: as in `model.cache`.
+    perhaps none; window, sink: as in `model.cache`; null (1, L, text_dim): what guidance leads away from (None: zeros).
     """
     noise, done = torch.Generator().manual_seed(seed), [given[:, [i]] for i in range(given.shape[1])]
     for (_, c), end in zip(texts, [start for start, _ in texts[1:]] + [frames]):
         if end <= len(done):
             continue
-        guided = model if guidance == 1 or not c.any() else Guided(model, torch.zeros_like(c[:1]), guidance)
+        guided = model if guidance == 1 or not c.any() else Guided(model, torch.zeros_like(c[:1]) if null is None else null, guidance)
         x = torch.randn(len(given), end - len(done), *given.shape[2:], generator=noise).to(given.device)
         cache, t = guided.cache(len(given), end, window=window, sink=sink), torch.ones(len(given), device=given.device)
         for frame in rollout(guided, x, t, c, steps, time_shift, torch.cat([given[:, :0], *done], dim=1), cache):
@@ -133,72 +137,92 @@ def targets(args, names):
     return [out / f"{name}.mp4" for name in names]
 
 
-def first_frames(args, model):
+def first_frames(args, model, wan):
     """The frames of --given (1, M, ...), or none."""
     run, chunk = model.run, model.config.chunk
-    shape = (1, 0, chunk * model.config.channels, run["height"], run["width"])
+    size, shape = (run["height"], run["width"]), (1, 0, chunk * model.config.channels, run["height"], run["width"])
     if args.given is None:
         return torch.zeros(shape)
-    if run["height"] != run["width"]:
-        raise ValueError(f"--given: clips are cut to squares, but this model's frames are {run['height']} x {run['width']}")
-    clip = read_video(args.given, run["height"], run["fps"], run["stride"], args.given_frames)
-    if len(clip) < chunk or len(clip) >= args.frames:
-        raise ValueError(f"--given {args.given} has {len(clip)} frames; wanted at least one chunk, {chunk}, and fewer than "
-                         f"--frames {args.frames}; --given-frames takes some of them")
-    return fold(clip[None, :len(clip) // chunk * chunk], chunk)
+    clip = read_video(args.given, (8 * size[0], 8 * size[1]) if wan else size, 16 if wan else run["fps"],
+                      1 if wan else run["stride"], args.given_frames)[None]
+    if wan:
+        clip = wan.encode(clip[:, :(clip.shape[1] + 3) // 4 * 4 - 3]).cpu()
+    if clip.shape[1] < chunk or clip.shape[1] >= args.frames:
+        raise ValueError(f"--given {args.given} makes {clip.shape[1]} frames; wanted at least one chunk, {chunk}, and fewer "
+                         f"than --frames {args.frames}; --given-frames takes some of them")
+    return fold(clip[:, :clip.shape[1] // chunk * chunk], chunk)
+
+
+def read_prompts(args, model, wan, texts):
+    """[(frame, [prompt, ...])] -> [(frame in chunks, c (B, L, text_dim))], and the c that guidance leads away from."""
+    words = Words(*model.run["words"]) if not wan else None
+    if words:
+        words.rows = max(len(words(prompt)) for _, several in texts for prompt in several)
+    read = wan.text if wan else lambda several: torch.stack([words(prompt) for prompt in several])
+    cs = [(at // model.config.chunk, read(several).to(args.device)) for at, several in texts]
+    return cs, wan and wan.text([args.negative]).to(args.device)
 
 
 def make(args, model):
     """Prompts to files."""
-    words, device, chunk = Words(*model.run["words"]), args.device, model.config.chunk
+    wan, chunk = args.wan and Wan(args.wan, args.device), model.config.chunk
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
     count = len(prompts)
     texts = [(0, prompts)] + sorted((int(at), [prompt] * count) for at, prompt in args.then)
-    words.rows = max(len(words(prompt)) for _, several in texts for prompt in several)
-    cs = [(at // chunk, torch.stack([words(prompt) for prompt in several]).to(device)) for at, several in texts]
-    given = first_frames(args, model).expand(count, -1, -1, -1, -1).to(device)
-    files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())}-{args.seed}-{i}"
+    cs, null = read_prompts(args, model, wan, texts)
+    given = first_frames(args, model, wan).expand(count, -1, -1, -1, -1).to(args.device)
+    files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())[:60]}-{args.seed}-{i}"
                            for i, prompt in enumerate(prompts)])
-    new, picks, videos = args.frames // chunk - given.shape[1], [], [unfold(given, chunk).cpu()]
+    show = wan.decoder() if wan else lambda video: video
+    new, shares, videos, seconds, decoding = args.frames // chunk - given.shape[1], [], [], [], 0
     with ExitStack() as stack:
-        writers = [stack.enter_context(Writer(path, model.run["rate"])) for path in files]
-        for writer, video in zip(writers, videos[0]):
-            writer(video)
-        frames, seconds = generate(model, cs, given, args.frames // chunk, **options(args)), []
-        for i in tqdm(range(new), "frames", dynamic_ncols=True):
+        writers = [stack.enter_context(Writer(path, 16 if wan else model.run["rate"])) for path in files]
+        frames = generate(model, cs, given, args.frames // chunk, **options(args), null=null)
+        for i in tqdm(range(given.shape[1] and -1, new), "frames", dynamic_ncols=True):
             begin = time.perf_counter()
-            with recorded_routes(picks) if args.routing and i + 1 == new else nullcontext():
-                frame = unfold(next(frames), chunk).cpu()
-            seconds.append(time.perf_counter() - begin)
-            for writer, video in zip(writers, frame):
+            with recorded_picks(shares) if args.routing and i + 1 == new else nullcontext():
+                frame = unfold(given if i < 0 else next(frames), chunk).cpu()
+            end = time.perf_counter()
+            pixels = show(frame).cpu()
+            if i >= 0:
+                seconds.append(end - begin)
+                decoding += time.perf_counter() - end
+            for writer, video in zip(writers, pixels):
                 writer(video)
-            videos.append(frame)
+            videos.append(pixels[:, ::4 if wan else 1])  # for the contact sheet alone
     sheet = files[0].with_suffix(".png") if count == 1 else files[0].with_name("sheet.png")
     save_picture(sheet, film(torch.cat(videos, dim=1), 16, prompts))
-    total = sum(seconds)
-    print(f"{new * chunk * count / total:.1f} frames per second: {count} x {new * chunk} new frames in {total:.1f} s, "
-          f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted")
+    total, pictures = sum(seconds), new * chunk * (4 if wan else 1)
+    print(f"{pictures * count / total:.1f} frames per second: {count} x {pictures} new frames in {total:.1f} s, "
+          f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted" +
+          (f"; {pictures * count / (total + decoding):.1f} with the VAE's decoding" if wan else ""))
     if new >= 80:
         early, late = (1000 * sorted(part)[len(part) // 2] for part in (seconds[19:new // 2], seconds[new // 2:]))
         print(f"median time of a frame: {early:.0f} ms for the 20th to {new // 2}th, {late:.0f} ms for the rest")
     print("\n".join(f"{path}: {prompt or 'no prompt'}" for path, prompt in zip(files, prompts)) + f"\nall of them: {sheet}")
     if args.routing:
-        show_routing(picks, model.config.layers, files[0].with_name("routing.png"))
+        show_routing(shares, model.config.layers, files[0].with_name("routing.png"))
 
 
-def recorded_routes(picks):
-    """A context in which all that `route` picks, one table (B, H, rows, P, columns) a call, is also put into a list."""
-    return patch.object(routing, "route", lambda *args: picks.append(route(*args)) or picks[-1])
+def recorded_picks(shares):
+    """A context in which each pass of `routing.pick` also appends to a list: how often the last of its frames picked each
+    column, over heads and tokens."""
+    def record(*args):
+        picked, valid = found = pick(*args)
+        last = picked[:, :, -1]
+        shares.append(torch.bincount(last[valid[:, :, -1]], minlength=args[2].shape[1]) / last[..., 0].numel())
+        return found
+    return patch.object(routing, "pick", record)
 
 
-def show_routing(picks, layers, path):
-    """Fig. 8: how often the last frame's tokens picked each history frame, by layer, over steps, heads and tokens."""
-    by_layer = (torch.stack([z[:, :, -1, :, :-1].float().mean((0, 1, 2)) for z in picks[i::layers]]) for i in range(layers))
-    share = torch.stack([z.mean(0) for z in by_layer])
+def show_routing(shares, layers, path):
+    """Fig. 8: how often the last frame picked each history frame, by layer, over steps, heads and tokens."""
+    share = torch.stack([torch.stack(shares[i::layers]).mean(0)[:-1] for i in range(layers)]).cpu()
+    share = torch.cat([share, share.mean(0, keepdim=True)])
     print(f"how often the last frame picks each history frame (columns: frame 0 to {share.shape[1] - 1}):")
-    for name, row in [*((f"layer {i}", row) for i, row in enumerate(share)), ("mean", share.mean(0))]:
-        print(f"{name:>8} " + " ".join(f"{z:4.2f}" for z in row.tolist()))
-    save_picture(path, draw_table(torch.cat([share, share.mean(0, keepdim=True)])))
+    for i, row in enumerate(share):
+        print(f"{f'layer {i}' if i < layers else 'mean':>8} " + " ".join(f"{z:4.2f}" for z in row.tolist()))
+    save_picture(path, draw_table(share))
     print(f"as a picture, the mean last: {path}")
 
 

@@ -14,6 +14,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model as model_py
@@ -185,6 +189,64 @@ def test_a_chunk_is_frames_that_see_each_other():
     changed[:, 1, 4:] += 1.0  # the last latent of chunk 1
     moved = (net(changed, t, c, x[:, :-1]) - net(x_t, t, c, x[:, :-1])).abs().amax((0, 3, 4))
     assert (moved[1] > 1e-6).all() and (moved[[0, 2, 3, 4, 5]] == 0).all()
+
+
+PASSES = [(0, 5, 6, 0, 7), (3, 1, 1, 4, 5), (0, 0, 1, 0, 3), (4, 0, 1, 4, 3), (0, 2, 3, 0, 130), (2, 3, 4, 2, 33)]
+
+
+@pytest.mark.parametrize("cached, history, noisy, first, P", PASSES)
+def test_block_masks_are_the_frame_tables(cached, history, noisy, first, P):
+    past, own = sparse_causal_mask(cached, history, noisy, first)
+    tokens = (past | own).repeat_interleave(P, 0).repeat_interleave(P, 1)
+    for size in (16, 128):
+        mask = routing.dense_blocks(tuple(past.sum(1).tolist()), tuple(own.int().argmax(1).tolist()), past.shape[1], P, "cpu", size)
+        for i, rows in enumerate(tokens.split(size)):
+            parts = [part for part in rows.split(size, dim=1)]
+            some, every = ({*indices[0, 0, i, :count[0, 0, i]].tolist()} for count, indices in (
+                (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)))
+            assert some | every == {j for j, part in enumerate(parts) if part.any()} and not some & every
+            assert all(parts[j].all() and parts[j].shape == (size, size) for j in every)
+    q, k, v = (torch.randn(1, 2, n, P, 8) for n in (len(past), past.shape[1], past.shape[1]))
+    out = flex_attention(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask)
+    assert close(out.unflatten(2, (-1, P)), attend_masked(q, k, v, past, own), 1e-5)
+
+
+@pytest.mark.parametrize("cached, history, noisy, first, P", PASSES)
+@pytest.mark.parametrize("top_k", (1, 3, 9))
+def test_a_queue_sorted_by_frame_is_routed_attention(cached, history, noisy, first, P, top_k):
+    torch.manual_seed(0)
+    past, own = sparse_causal_mask(cached, history, noisy, first)
+    q, k, v = (torch.randn(2, 3, n, P, 8, dtype=torch.float64, requires_grad=True)
+               for n in (len(past), past.shape[1], past.shape[1]))
+    results = []
+    for form in (attend_masked, routing.attend_picked):
+        out = form(q, k, v, past, own, top_k)
+        results.append([out, *torch.autograd.grad(out.cos().sum(), (q, k, v))])
+    assert all(close(a, b) for a, b in zip(*results))
+
+
+def test_blocks_of_the_queue_hold_every_pair_that_attends():
+    torch.manual_seed(0)
+    for P, columns in ((7, 9), (50, 4)):
+        frame = torch.randint(columns, (2, 3, 5 * P)).sort(-1).values
+        mask = routing.picked_blocks(frame, columns * P, P, size=16)
+        seen = frame[..., None] == torch.arange(columns * P) // P
+        dense = mask.to_dense().bool().repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, :seen.shape[2], :seen.shape[3]]
+        assert (dense | ~seen).all() and dense.float().mean() < 0.7, "nothing is lost and much is skipped"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has gradients on CUDA alone, and there is none here")
+@pytest.mark.parametrize("cached, history, noisy, first, P", PASSES)
+@pytest.mark.parametrize("top_k", (None, 1, 3))
+def test_what_runs_on_cuda_is_the_definition(cached, history, noisy, first, P, top_k):
+    torch.manual_seed(0)
+    past, own = sparse_causal_mask(cached, history, noisy, first)
+    q, k, v = (torch.randn(2, 3, n, P, 32, device="cuda", requires_grad=True) for n in (len(past), past.shape[1], past.shape[1]))
+    results = []
+    for form in (attend_masked, attend):
+        out = form(q, k, v, past, own, top_k)
+        results.append([out, *torch.autograd.grad(out.cos().sum(), (q, k, v))])
+    assert all(close(a, b, 2e-2) for a, b in zip(*results))  # TF32
 
 
 def test_the_history_is_shown_at_t_0():
@@ -425,6 +487,85 @@ def test_wan_weights_load_by_either_name_and_wrong_ones_are_named(tmp_path):
         model_py.load_wan(net, tmp_path / "wan.pth")
 
 
+def test_the_network_is_that_of_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers to compare with its WanTransformer3DModel")
+    torch.manual_seed(0)
+    theirs = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24,
+        freq_dim=256, ffn_dim=64, num_layers=2, cross_attn_norm=True).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    ours = CausalDiT(Config(4, 32, 64, 2, 2, 2, 3, text_dim=24))
+    model_py.load_wan(ours, tmp_path)
+    x, c, t = torch.randn(2, 3, 4, 6, 8), torch.randn(2, 7, 24), torch.rand(2, 1)
+    with torch.no_grad():  # one frame of three latents: nothing is masked, as in theirs
+        v = ours(data.fold(x, 3), t, c)
+        expected = theirs(x.transpose(1, 2), 1000 * t[:, 0], c).sample.transpose(1, 2)
+    assert expected.std() > 0.1 and (data.unfold(v, 3) - expected).abs().max() < 5e-5 * expected.abs().max().clamp(min=1)
+
+
+def write_tiny_wan(folder):
+    """A diffusers folder with a random VAE, text encoder and tokenizer, each as small as it can be."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers ftfy for Wan's VAE and text")
+    transformers = pytest.importorskip("transformers", reason="pip install transformers for Wan's text encoder")
+    pytest.importorskip("ftfy", reason="pip install ftfy, which cleans Wan's prompts")
+    import tokenizers
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
+    config = transformers.UMT5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu")
+    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "a", "red", "boat"))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def test_from_mp4_to_latents_to_a_model_and_back(tmp_path, capsys):
+    wan = write_tiny_wan(tmp_path / "wan")
+    for name, frames in (("long", 20), ("short", 5)):
+        with Writer(tmp_path / "clips" / f"{name}.mp4", 16) as out:
+            out(torch.rand(frames, 3, 48, 72) * 2 - 1)
+    (tmp_path / "clips/long.txt").write_text("a red boat")
+    (tmp_path / "clips/bad.mp4").write_text("no video")
+    flags = ["encode", str(tmp_path / "clips"), str(tmp_path / "latents"), "--wan", str(wan), "--size", "32x48", "--frames", "9"]
+    data.main(flags)
+    out = capsys.readouterr().out
+    assert "bad.mp4 cannot be read" in out and "short.mp4 has 5 frames; wanted at least --frames 9" in out
+    files = sorted((tmp_path / "latents").iterdir())
+    assert [file.name for file in files] == ["long-mp4-0000.npz", "long-mp4-0001.npz"]
+    files[0].unlink()
+    before = files[1].stat().st_mtime_ns
+    data.main(flags)
+    assert files[0].exists() and files[1].stat().st_mtime_ns == before, "what is finished is kept"
+    with np.load(files[0]) as file:
+        assert file["latents"].shape == (3, 16, 4, 6) and file["text"].shape == (512, 32)
+        assert abs(file["text"][:4]).sum() > 0 and not file["text"][4:].any(), "a red boat and its end, then zeros"
+    train.main(["--data", str(tmp_path / "latents"), "--frames", "3", "--patch", "2", "--dim", "64", "--layers", "1", "--batch", "2",
+                "--steps", "2", "--warmup", "1", "--sample-steps", "1", "--guidance", "1", "--out", str(tmp_path / "run")])
+    sample.main(["a red boat", "--checkpoint", str(tmp_path / "run"), "--wan", str(wan), "--frames", "4", "--steps", "1",
+                 "--given", str(tmp_path / "clips/long.mp4"), "--given-frames", "5", "--out", str(tmp_path / "out.mp4")])
+    assert "with the VAE's decoding" in capsys.readouterr().out
+    assert len(iio.imread(tmp_path / "out.mp4", plugin="pyav")) == 13, "two latents given and two made: 4 n - 3 frames"
+    for flags, wanted in ((["--wan", str(tmp_path / "clips")], "has no folder vae/"), ([], "--wan PATH names the VAE")):
+        with pytest.raises(ValueError, match=wanted):
+            sample.main(["a red boat", "--checkpoint", str(tmp_path / "run"), *flags])
+
+
+def test_decoding_as_latents_come_is_decoding_all_at_once(tmp_path):
+    wan = data.Wan(write_tiny_wan(tmp_path))
+    video = torch.rand(1, 9, 3, 32, 48) * 2 - 1
+    latents = wan.encode(video)
+    one, several = wan.decoder(), wan.decoder()
+    assert latents.shape == (1, 3, 16, 4, 6) and one(latents).shape == video.shape
+    parts = [several(latents[:, :1]), several(latents[:, 1:])]
+    whole = wan.vae.decode((latents.transpose(1, 2) * wan.std + wan.mean)).sample.transpose(1, 2).clamp(-1, 1)
+    assert [part.shape[1] for part in parts] == [1, 8] and close(torch.cat(parts, 1), whole, 1e-5)
+
+
 def test_a_new_network_returns_zero_and_patches_come_back_in_place():
     torch.manual_seed(0)
     net = CausalDiT(Config(2, 48, 96, 2, 1, 2, 3, text_dim=5))
@@ -654,6 +795,65 @@ def test_sigterm_saves_and_resume_finds_the_latest(tmp_path):
     process = start(HERE / "train.py", "--resume", "--steps", step + 2, cwd=tmp_path)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and torch.load(tmp_path / "runs/001/ckpt.pt", weights_only=True)["step"] == step + 2, out
+
+
+def test_sharded_weights_make_the_same_steps_and_load_anywhere(tmp_path):
+    flags = [*TINY, "--batch", "4", "--warmup", "1", "--layers", "2", "--decay", "constant", "--accumulate", "2", "--lr", "1e-3"]
+    train.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "train.py", "--fsdp",
+                    *flags, "--steps", "3", "--recompute", "--out", tmp_path / "sharded", cwd=tmp_path)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    train.main(["--resume", "--steps", "4", "--out", str(tmp_path / "sharded")])
+    one, sharded = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("one", "sharded"))
+    for part in ("model", "ema"):
+        for key, value in one[part].items():
+            assert close(value, sharded[part][key], 2e-4), (part, key)
+    with pytest.raises(ValueError, match="start it with torchrun"):
+        train.main([*flags, "--fsdp", "--out", str(tmp_path / "alone")])
+
+
+def one_call_per_frame(q, k, v, past, own, top_k=None):
+    """`attend`, slowly, with no work on what is masked out: its matrix products are those of the mask."""
+    rows = [F.scaled_dot_product_attention(q[:, :, r], *(z[:, :, (past | own)[r]].flatten(2, 3) for z in (k, v)))
+            for r in range(q.shape[2])]
+    return torch.stack(rows, dim=2)
+
+
+@pytest.mark.parametrize("chunk, steps", ((1, 1), (3, 1), (1, 3)))
+def test_the_plan_counts_the_flops_that_run(chunk, steps, monkeypatch, tmp_path):
+    monkeypatch.setattr(model_py, "attend", one_call_per_frame)
+    config = Config(channels=4, dim=48, ffn_dim=100, heads=2, layers=3, patch=2, chunk=chunk, text_dim=10)
+    args = train.parse(["--frames", str(4 * chunk), "--batch", "2", "--resample-steps", str(steps)])
+    args.height, args.width = 4, 6
+    net, x, c = CausalDiT(config), torch.randn(2, 4, 4 * chunk, 4, 6), torch.randn(2, 7, 10)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        flow_matching_loss(net, x, c, x[:, :-1])
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        self_resample(net, x[:, :-1], c, steps=steps)
+    teacher, resample, parts = train.plan(args, config, 7, 1)
+    assert abs(teacher / forward / 3 - 1) < 1e-9
+    assert abs((resample - teacher) / counter.get_total_flops() - 1) < 0.05, "but for the text, read once by the cache"
+    assert parts["weights"] == 4 * sum(p.numel() for p in net.parameters())
+
+
+def test_a_dry_run_says_what_fits_and_what_would_help(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, wanted in ((["--gpus", "64", "--fsdp"], "this fits"), (["--frames", "63", "--gpus", "8"], "this does not fit: try --fsdp")):
+        train.main(["--preset", "wan-1.3b", "--dry-run", *flags])
+        out = capsys.readouterr().out
+        assert "1,418,996,800 parameters" in out and wanted in out and not any(tmp_path.iterdir())
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    net, (x, history, t, c) = tiny(), clip()
+    grads = []
+    for net.recompute in (False, True):
+        net.zero_grad()
+        net(x, t, c, history).square().sum().backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and grads[0][0].abs().sum() > 0
 
 
 def test_two_processes_are_one(tmp_path):
@@ -910,7 +1110,7 @@ def test_bad_flags_are_one_line(flags, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["purple circle"], 'unknown word "purple".*red'),
     (["--frames", "9", "--given", "missing.mp4"], "missing.mp4 cannot be read"),
-    (["--frames", "2", "--given", "clip.gif"], "clip.gif has 5 frames; wanted .* fewer than --frames 2"),
+    (["--frames", "2", "--given", "clip.gif"], "clip.gif makes 5 frames; wanted .* fewer than --frames 2"),
     (["--then", "99", "red circle", "--frames", "8"], "--then 99"),
     (["--window", "2", "--sink", "2"], "--sink 2 leaves no room"),
     (["--out", "video.avi"], "video.avi"),

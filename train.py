@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -23,17 +23,24 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import rf
 import sample
-from data import (Parser, Sprites, fold, latest_run, number, open_data)
-from model import PRESETS, CausalDiT, read_checkpoint
+from data import Parser, Sprites, fold, latest_run, number, open_data, pixels
+from model import PRESETS, CausalDiT, load_wan, read_checkpoint
 from rf import HISTORY, flow_matching_loss
 from sample import compare, extend
+
+
+PAPER = dict(frames=21, size=(480, 832), warmup=10_000, steps=25_000, batch=64, lr=5e-5, decay="constant", ema=0.999,
+             time_shift=3.0, sample_steps=32, guidance=5.0, recompute=True)
+RECIPES = {"wan-1.3b": PAPER, "wan-14b": PAPER}  # what a preset changes in the other flags' defaults
 
 
 def parse(argv):
@@ -43,7 +50,7 @@ def parse(argv):
     add("--data", "sprites", 'what to learn: "sprites", a folder of videos, or one of latents (.npz)')
     add("--out", None, "the run's folder (default: a new numbered one under runs/)", type=Path)
     add("--frames", 10, "length of a training clip, in frames (latent frames, for latents)", type=positive)
-    add("--size", 16, "height and width in pixels", type=positive)
+    add("--size", 16, "height and width in pixels, or HEIGHTxWIDTH", type=pixels)
     add("--chunk", None, "latent frames in a frame, the autoregressive unit (default: the preset's; the paper: 3)", type=positive)
     add("--fps", 0.0, "read videos at this rate; 0: each at its own", type=amount)
     add("--stride", 1, "take every so manieth frame of a video", type=positive)
@@ -83,12 +90,22 @@ def parse(argv):
     add("--workers", None, "processes that decode videos (default: 2; sprites need none)", type=natural)
     add("--precision", None, "fp32 or bf16 autocast (default: bf16 on CUDA)", choices=("fp32", "bf16"))
     add("--compile", False, "torch.compile the network", action="store_true")
+    add("--recompute", False, "run each block again in backward instead of keeping what it made: less memory", action="store_true")
+    add("--fsdp", False, "with torchrun: weights, gradients and moments spread over the processes", action="store_true")
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    add("--dry-run", False, "say what a run would cost, and do nothing", action="store_true")
+    add("--gpus", 1, "for --dry-run: how many devices share the batch", type=positive)
+    add("--gpu-memory", 141.0, "for --dry-run: GiB on each", type=plus)
+    add("--tflops", 989.0, "for --dry-run: what each can do at best, in 1e12 FLOPs per second", type=plus)
+    add("--mfu", 0.45, "for --dry-run: the share of that which is expected", type=share)
     args = parser.parse_args(argv)
+    if args.preset in RECIPES:
+        parser.set_defaults(**RECIPES[args.preset])
+        args = parser.parse_args(argv)
     if args.resume:  # the run's own flags, unless the command line says otherwise
         args.out = args.out or latest_run()
         saved = read_checkpoint(args.out)["args"]
-        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "device", "init", "words")})
+        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "device", "init", "words", "fsdp")})
         args = parser.parse_args(argv + ["--out", str(args.out)])
     args.precision = args.precision or ("bf16" if "cuda" in str(args.device) else "fp32")
     return args
@@ -120,6 +137,8 @@ def launch(args):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}, but torch sees no CUDA device here; leave it out, or give cpu")
     if "RANK" not in os.environ:
+        if args.fsdp and not args.dry_run:
+            raise ValueError("--fsdp spreads a network over processes: start it with torchrun --nproc-per-node N train.py --fsdp")
         return 0, 1, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -132,10 +151,12 @@ def launch(args):
 def configure(args, data, world):
     """The network's Config, after all that can be known to be wrong has been looked for."""
     own = {key: getattr(args, key) for key in ("dim", "heads", "layers", "patch", "chunk", "top_k")}
-    config = replace(PRESETS[args.preset], channels=data.channels, text_dim=data.text_dim,
-                     **{key: value for key, value in own.items() if value is not None})
-    args.height, args.width = height, width = data.size if isinstance(data.size, tuple) else (data.size, data.size)
-    args.rate, args.words = data.fps, data.words and [data.words.vocabulary, data.words.rows]
+    config = replace(PRESETS[args.preset], **{key: value for key, value in own.items() if value is not None})
+    size = data.size if data else tuple(side // 8 for side in np.broadcast_to(args.size, 2).tolist())
+    args.height, args.width = height, width = size if isinstance(size, tuple) else (size, size)
+    if data:
+        config = replace(config, channels=data.channels, text_dim=data.text_dim)
+        args.rate, args.words = data.fps, data.words and [data.words.vocabulary, data.words.rows]
     if height % config.patch or width % config.patch:
         raise ValueError(f"--size {height} x {width} is not divisible by the patch, {config.patch}; "
                          f"{-(-height // config.patch) * config.patch} would work")
@@ -177,14 +198,22 @@ def fit_weights(net, state, name, path):
     net.load_state_dict(state[name])
 
 
-def save(net, ema, optimizer, step, args):
-    """Write ckpt.pt whole or not at all: a kill at any moment leaves the last good one.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def save(net, ema, optimizer, step, args, rank):
+    """Write ckpt.pt whole or not at all: a kill at any moment leaves the last good one. Every process takes part, and
+    any number of them can load it.
 
     Random states need no place in it: all draws are functions of the seed, the step and the clip (see `streams`).
     """
+    weights, moments = get_state_dict(net, optimizer, options=WHOLE)
+    averages = get_model_state_dict(ema, options=WHOLE)
+    if rank > 0:
+        return
     path, part = args.out / "ckpt.pt", args.out / "ckpt.pt.part"
-    state = {"config": asdict(net.config), "model": net.state_dict(), "ema": ema.state_dict(),
-             "optimizer": optimizer.state_dict(), "step": step, "args": plain(args)}
+    state = {"config": asdict(net.config), "model": weights, "ema": averages, "optimizer": moments, "step": step,
+             "args": plain(args)}
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
@@ -218,13 +247,52 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def shard(net):
+    """FSDP2: every process holds its part of each block, and gathers a block when it runs."""
+    for block in net.blocks:
+        fully_shard(block)
+    fully_shard(net)
+
+
+@contextmanager
+def gathered(net):
+    """Within it a sharded network's weights are gathered once, not once for every forward: for a rollout."""
+    if isinstance(net, FSDPModule):
+        net.set_reshard_after_forward(False)
+    yield
+    if isinstance(net, FSDPModule):
+        net.set_reshard_after_forward(True)
+        for module in (*net.blocks, net):
+            module.reshard()
+
+
+def alone(model, more):
+    """A context for a pass whose gradients wait, if more of them are to come, before processes exchange them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not more)
+    return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def whole(net):
+    """A network that can be used by one process: itself, or gathered from all, who must ask together."""
+    if not isinstance(net, FSDPModule):
+        return net
+    state = get_model_state_dict(net, options=WHOLE)
+    if not state:
+        return None
+    one = CausalDiT(net.config).to(next(net.parameters()).device).eval().requires_grad_(False)
+    one.load_state_dict(state)
+    return one
+
+
 def learn(model, net, video, c, method, args):
     """Algorithm 1 on one batch: (loss, seconds that the history took). model is net as the loss calls it, perhaps
     compiled and spread over processes; the history is redrawn by the bare net, with the weights being trained."""
     begin = clock(video.device)
     x = fold(video, net.config.chunk)
     c = c * (rf.rand(len(c), device=c.device) >= args.drop)[:, None, None]
-    history = method(net, x[:, :-1], c, args.shift, args.resample_steps, args.noise)
+    with gathered(net):
+        history = method(net, x[:, :-1], c, args.shift, args.resample_steps, args.noise)
     seconds = clock(video.device) - begin
     return flow_matching_loss(model, x, c, history, args.time_shift), seconds
 
@@ -259,25 +327,37 @@ def average(ema, net, decay, step):
 def main(argv):
     args = parse(argv)
     rank, world, device = launch(args)
-    data = open_data(args.data, args.frames, args.size, args.seed, args.fps, args.stride, args.objects, args.wall,
+    if args.dry_run:
+        rank, world, device, args.precision = 0, args.gpus, torch.device("cuda"), "bf16"
+    data = None if args.dry_run and args.preset in RECIPES else open_data(args.data, args.frames, args.size, args.seed, args.fps, args.stride, args.objects, args.wall,
                      args.withheld)
     config = configure(args, data, world)
+    if args.dry_run:
+        return announce(args, config, data, 0, world, device)
     torch.manual_seed(args.seed)
-    net, start = CausalDiT(config).to(device), 0
+    net, start, state = CausalDiT(config).to(device), 0, read_checkpoint(args.out) if args.resume else None
     if args.init and not args.resume:
-        fit_weights(net, read_checkpoint(args.init), "ema", args.init)
-    ema, optimizer = copy.deepcopy(net).eval().requires_grad_(False), make_optimizer(net, args.lr)
+        if args.preset.startswith("wan") and not (args.init / "ckpt.pt").is_file() and args.init.name != "ckpt.pt":
+            load_wan(net, args.init)
+        else:
+            fit_weights(net, read_checkpoint(args.init), "ema", args.init)
     if args.resume:
-        state = read_checkpoint(args.out)
         fit_weights(net, state, "model", args.out)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    if args.resume:
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+    net.recompute = args.recompute
+    if args.fsdp:
+        shard(net), shard(ema)
+    optimizer = make_optimizer(net, args.lr)
+    if args.resume:
+        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
         start = state["step"]
     model = torch.compile(net) if args.compile else net
-    model = DistributedDataParallel(model) if world > 1 else model
+    model = DistributedDataParallel(model) if world > 1 and not args.fsdp else model
     args.out, log = open_out(args, start, rank, world)
     if rank == 0:
-        announce(args, data, net, start, world, device)
+        announce(args, config, data, start, world, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     told, step = [], start
@@ -290,13 +370,13 @@ def main(argv):
         method = history_at(step, args)
         for part in range(args.accumulate):
             rows = slice(part * len(video) // args.accumulate, (part + 1) * len(video) // args.accumulate)
-            with (streams(args.seed, indices[rows], device), autocast,
-                  nullcontext() if world == 1 or part + 1 == args.accumulate else model.no_sync()):
+            with streams(args.seed, indices[rows], device), autocast, alone(model, part + 1 < args.accumulate):
                 part_loss, part_seconds = learn(model, net, video[rows], c[rows], method, args)
                 (part_loss / args.accumulate).backward()
             loss, seconds = loss + part_loss.detach() / args.accumulate, seconds + part_seconds
         loss, stop = agree(loss, bool(told), device, world)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        norm = (norm.full_tensor() if args.fsdp else norm).item()
         if not math.isfinite(loss + norm):
             path = args.out / "ckpt.pt"
             raise ValueError(f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; " + (
@@ -311,21 +391,24 @@ def main(argv):
             log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm, "history": method.__name__,
                  "seconds": end - begin, "history_seconds": seconds, "data_seconds": begin - before_data})
             bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / (end - begin):.0%} of the time")
-            if step % args.sample_every == 0 or step == args.steps:
-                log({"step": step} | look(ema, data, args, device, step))
-            if step % args.save_every == 0 or step == args.steps or stop:
-                save(net, ema, optimizer, step, args)
+        if step % args.sample_every == 0 or step == args.steps:
+            one = whole(ema)
+            if rank == 0:
+                log({"step": step} | look(one, data, args, device, step))
+        if step % args.save_every == 0 or step == args.steps or stop:
+            save(net, ema, optimizer, step, args, rank)
         end = clock(device)
         if stop:
             break
     bar.close()
     for sign, handler in before.items():
         signal.signal(sign, handler)
+    one = whole(ema)
     if rank == 0:
         if step < args.steps:
             print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
         else:
-            finish(ema, data, args, device)
+            finish(one, data, args, device)
     if world > 1:
         dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
         dist.destroy_process_group()
@@ -355,19 +438,59 @@ def open_out(args, start, rank, world):
     return args.out, log
 
 
-def announce(args, data, net, start, world, device):
-    """What is about to happen: said before the first step. FLOPs are counted on one forward for one clip."""
-    video, c = (z[None].to(device) for z in data[0])
-    x = fold(video, net.config.chunk)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(x, torch.zeros(x.shape[:2], device=device), c, x[:, :-1])
-    tokens = (2 * args.frames - net.config.chunk) * args.height * args.width // net.config.patch ** 2 * args.batch
-    print(f"{args.data}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} per step\n"
-          f"{sum(p.numel() for p in net.parameters()):,} parameters on {world} x {device.type}, {args.precision}; "
-          f"{tokens:,} tokens and {3 * counter.get_total_flops() * args.batch:.2e} FLOPs per teacher-forcing step\n"
-          f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history "
-          f"{args.history}" + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
-          f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
+def flops(config, N, M, P, words):
+    """Of one clip's forward pass: N noisy and M history frames of P tokens, each seeing what the mask and --top-k leave it."""
+    D, k = config.dim, config.top_k or N
+    pairs = [sum(1 + min(i, k) for i in range(n)) * P * P for n in (N, M)]
+    token, values = 12 * D * D + 4 * D * config.ffn_dim + 4 * D * words, config.channels * config.patch ** 2
+    block = 4 * D * D * words + token * N * P + 4 * D * pairs[0]
+    history = token * M * P + 4 * D * pairs[1]  # in the last block only its keys and values are asked for
+    ends = 2 * D * (values * (2 * N + M) * P + (config.text_dim + D) * words + (config.freq_dim + 7 * D) * (N + M))
+    return config.layers * block + (config.layers - 1) * history + 4 * D * D * M * P + ends
+
+
+def plan(args, config, words, world):
+    """What a step costs: (FLOPs of a teacher-forcing step, of a resampling step, {part: bytes on each device})."""
+    N, P = args.frames // config.chunk, config.chunk * args.height * args.width // config.patch ** 2
+    with torch.device("meta"):
+        net = CausalDiT(config)
+    clips, n, block = args.batch // world // args.accumulate, *(sum(p.numel() for p in z.parameters()) for z in (net, net.blocks[0]))
+    teacher = 3 * args.batch * flops(config, N, N - 1, P, words)
+    history = args.batch * (flops(config, N - 1, N - 2, P, words) + (args.resample_steps - 1) * flops(config, N - 1, 0, P, words))
+    tokens, held = clips * (2 * N - 1) * P, 60 * config.dim + 6 * config.ffn_dim  # bytes that a block keeps of a token
+    keep = config.layers * 4 * config.dim + held if args.recompute else config.layers * held
+    parts = {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n, "average": 4 * n}
+    parts = {key: value / (world if args.fsdp else 1) for key, value in parts.items()}
+    parts |= {"gathered weights": 4 * n if args.fsdp and args.history == "resample" else 8 * block if args.fsdp else 0,
+              "activations": tokens * keep, "cache": clips * 4 * config.layers * N * P * config.dim}
+    return teacher, teacher + history, parts
+
+
+def announce(args, config, data, start, world, device):
+    """What is about to happen, said before the first step, and all that --dry-run says."""
+    rows = data[0][1].shape[0] if data else 512
+    teacher, resample, parts = plan(args, config, rows, world)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in CausalDiT(config).parameters())
+    tokens = (2 * args.frames - config.chunk) * args.height * args.width // config.patch ** 2 * args.batch
+    print(f"{args.data if data else 'latents'}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} per step\n"
+          f"{parameters:,} parameters on {world} x {device.type}, {args.precision}; {tokens:,} tokens and {teacher:.2e} FLOPs "
+          f"per teacher-forcing step, {resample:.2e} per resampling step")
+    if args.dry_run:
+        total, room = sum(parts.values()) / 2 ** 30, args.gpu_memory
+        print("GiB on each: " + ", ".join(f"{key} {value / 2 ** 30:.1f}" for key, value in parts.items()) + f": {total:.1f} of {room:g}")
+        cures = [flag for flag, helps in (("--recompute", not args.recompute), ("--fsdp with more --gpus", not args.fsdp),
+                 ("more --accumulate", args.batch > world * args.accumulate), ("more --gpus", args.fsdp)) if helps]
+        print("this fits" if total < room else f"this does not fit: try {', '.join(cures)} or fewer --frames")
+        later = max(0, args.steps - args.warmup)
+        seconds = [z / world / args.tflops / 1e12 / args.mfu for z in (teacher, resample)]
+        print(f"at {args.tflops:g} TFLOPS and an MFU of {args.mfu:g}: {seconds[0]:.1f} s per teacher-forcing step, {seconds[1]:.1f} s "
+              f"per resampling step ({seconds[1] / seconds[0]:.2f} x), {np.dot(seconds, (args.steps - later, later)) / 3600:,.0f} hours "
+              f"for {args.steps:,} steps")
+    else:
+        print(f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history {args.history}"
+              + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
+              f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
 
 
 def continue_clips(net, data, frames, args, device):
