@@ -600,35 +600,40 @@ class Wan:
             for z in self.vae.post_quant_conv(latents.to(self.device).transpose(1, 2) * self.std + self.mean).split(1, dim=2):
                 made.append(self.vae.decoder(z, feat_cache=held, feat_idx=[0], first_chunk=first))
                 first = False
-            return torch.cat(made, dim=2).clamp(-1, 1).transpose(1, 2)
+            return torch.cat(made, dim=2).clamp(-1, 1).transpose(1, 2).cpu()
         return decode
 
 
+def encode_video(wan, path, out, name, size, frames, fps):
+    """Every clip of `frames` frames to out/name-NUMBER.npz, its latents and its caption's text; finished ones are kept."""
+    said, reader, number = path.with_suffix(".txt"), read_frames(path, size, fps), 0
+    while len(clip := list(islice(reader, frames))) == frames:
+        target = out / f"{name}-{number:04d}.npz"
+        if not target.exists():
+            latents, text = wan.encode(to_float(np.stack(clip))[None]), wan.text([said.read_text() if said.is_file() else ""])
+            with open(target.with_suffix(".part"), "wb") as file:
+                np.savez(file, latents=latents[0].half().cpu(), text=text[0].half().cpu())
+            target.with_suffix(".part").replace(target)
+        number += 1
+    if number == 0:
+        raise ValueError(f"{path} has {len(clip)} frames; wanted at least --frames {frames}")
+
+
 def encode_folder(args):
-    """Every clip of --frames frames in a folder of videos to one .npz of latents and text. Finished ones are kept, so that
-    a second call goes on after a kill; under torchrun the files are shared out."""
-    files, wan = files_in(args.videos, "videos"), Wan(args.wan, args.device)
+    """`encode_video` for a folder. A second call goes on after a kill; under torchrun the files are shared out."""
+    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    files = files_in(args.videos, "videos")[int(os.environ.get("RANK", 0))::world]
+    wan, bad = Wan(args.wan, f"cuda:{rank}" if args.device == "cuda" else args.device), 0
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(files[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))], "videos"):
-        said = path.with_suffix(".txt")
+    for path in tqdm(files, "videos"):
         try:
-            frames = read_frames(path, args.size, args.fps)
-            for number, clip in enumerate(iter(lambda: list(islice(frames, args.frames)), [])):
-                name = "-".join(path.relative_to(args.videos).with_suffix("").parts)
-                out = args.out / f"{name}-{path.suffix[1:]}-{number:04d}.npz"
-                if len(clip) == args.frames and not out.exists():
-                    latents = wan.encode(to_float(np.stack(clip))[None])[0].half().cpu().numpy()
-                    text = wan.text([said.read_text() if said.is_file() else ""])[0].half().cpu().numpy()
-                    part = out.with_suffix(".part")
-                    with open(part, "wb") as file:
-                        np.savez(file, latents=latents, text=text)
-                    part.replace(out)
-            if not number and len(clip) < args.frames:
-                print(f"warning: skipped: {path} has {len(clip)} frames; wanted at least --frames {args.frames}")
+            name = "-".join(path.relative_to(args.videos).parts)
+            encode_video(wan, path, args.out, name, args.size, args.frames, args.fps)
         except ValueError as error:
+            bad += 1
             print(f"warning: skipped: {one_line(error)}")
-    if not any(args.out.glob("*.npz")):
-        raise ValueError(f"nothing in {args.videos} could be encoded; wanted videos of at least {args.frames} frames")
+    if files and bad == len(files):
+        raise ValueError(f"none of the {bad} videos of {args.videos} could be encoded")
 
 
 def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=False, withheld=0.0, split="train"):

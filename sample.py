@@ -16,10 +16,12 @@ import math
 import re
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -167,41 +169,57 @@ def make(args, model):
     """Prompts to files."""
     wan, chunk = args.wan and Wan(args.wan, args.device), model.config.chunk
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
-    count = len(prompts)
-    texts = [(0, prompts)] + sorted((int(at), [prompt] * count) for at, prompt in args.then)
+    texts = [(0, prompts)] + sorted((int(at), [prompt] * len(prompts)) for at, prompt in args.then)
     cs, null = read_prompts(args, model, wan, texts)
-    given = first_frames(args, model, wan).expand(count, -1, -1, -1, -1).to(args.device)
+    given = first_frames(args, model, wan).expand(len(prompts), -1, -1, -1, -1).to(args.device)
     files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())[:60]}-{args.seed}-{i}"
                            for i, prompt in enumerate(prompts)])
-    show = wan.decoder() if wan else lambda video: video
-    new, shares, videos, seconds, decoding = args.frames // chunk - given.shape[1], [], [], [], 0
+    show, shares, sampling, showing, small = wan.decoder() if wan else torch.Tensor.cpu, [], [], [], []
+    frames = generate(model, cs, given, args.frames // chunk, **options(args), null=null)
+    videos = timed(map(show, timed((unfold(frame, chunk).cpu() for frame in frames), sampling)), showing)
+    before = [show(unfold(given, chunk))] if given.shape[1] else []
     with ExitStack() as stack:
         writers = [stack.enter_context(Writer(path, 16 if wan else model.run["rate"])) for path in files]
-        frames = generate(model, cs, given, args.frames // chunk, **options(args), null=null)
-        for i in tqdm(range(given.shape[1] and -1, new), "frames", dynamic_ncols=True):
-            begin = time.perf_counter()
-            with recorded_picks(shares) if args.routing and i + 1 == new else nullcontext():
-                frame = unfold(given if i < 0 else next(frames), chunk).cpu()
-            end = time.perf_counter()
-            pixels = show(frame).cpu()
-            if i >= 0:
-                seconds.append(end - begin)
-                decoding += time.perf_counter() - end
-            for writer, video in zip(writers, pixels):
-                writer(video)
-            videos.append(pixels[:, ::4 if wan else 1])  # for the contact sheet alone
-    sheet = files[0].with_suffix(".png") if count == 1 else files[0].with_name("sheet.png")
-    save_picture(sheet, film(torch.cat(videos, dim=1), 16, prompts))
-    total, pictures = sum(seconds), new * chunk * (4 if wan else 1)
-    print(f"{pictures * count / total:.1f} frames per second: {count} x {pictures} new frames in {total:.1f} s, "
-          f"{args.steps} steps each" + (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted" +
-          (f"; {pictures * count / (total + decoding):.1f} with the VAE's decoding" if wan else ""))
-    if new >= 80:
-        early, late = (1000 * sorted(part)[len(part) // 2] for part in (seconds[19:new // 2], seconds[new // 2:]))
-        print(f"median time of a frame: {early:.0f} ms for the 20th to {new // 2}th, {late:.0f} ms for the rest")
+        if args.routing:
+            stack.enter_context(recorded_picks(shares))
+        for video in tqdm(chain(before, videos), "frames", len(before) + args.frames // chunk - given.shape[1], dynamic_ncols=True):
+            for writer, clip in zip(writers, video):
+                writer(clip)
+            small.append(thumbnails(video))
+    sheet = files[0].with_suffix(".png") if len(files) == 1 else files[0].with_name("sheet.png")
+    save_picture(sheet, film(torch.cat(small, dim=1), 16, prompts))
+    count = sum(video.shape[1] for video in small[len(before):])
+    print_speed(args, f"{len(files)} x {count} new frames", len(files) * count, sampling, showing)
     print("\n".join(f"{path}: {prompt or 'no prompt'}" for path, prompt in zip(files, prompts)) + f"\nall of them: {sheet}")
     if args.routing:
-        show_routing(shares, model.config.layers, files[0].with_name("routing.png"))
+        show_routing(shares[-args.steps * model.config.layers:], model.config.layers, files[0].with_name("routing.png"))
+
+
+def timed(items, seconds):
+    """The items; how long each took to come is appended to `seconds`."""
+    begin = time.perf_counter()
+    for item in items:
+        seconds.append(time.perf_counter() - begin)
+        yield item
+        begin = time.perf_counter()
+
+
+def thumbnails(video):
+    """Small copies (B, T, 3, 64 or less, width) for a contact sheet: all that is kept in memory of a long video."""
+    height, width = video.shape[-2:]
+    if height <= 64:
+        return video
+    return F.interpolate(video.flatten(0, 1), (64, 64 * width // height), mode="area").unflatten(0, video.shape[:2])
+
+
+def print_speed(args, what, count, sampling, showing):
+    """Frames per second; sampling and showing: seconds per frame, without and with the VAE's decoding."""
+    print(f"{count / sum(sampling):.1f} frames per second: {what} in {sum(sampling):.1f} s, {args.steps} steps each" +
+          (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted" +
+          (f"; {count / sum(showing):.1f} with the VAE's decoding" if args.wan else ""))
+    if len(sampling) >= 80:
+        early, late = (1000 * np.median(part) for part in (sampling[19:len(sampling) // 2], sampling[len(sampling) // 2:]))
+        print(f"median time of a frame: {early:.0f} ms for the 20th to {len(sampling) // 2}th, {late:.0f} ms for the rest")
 
 
 def recorded_picks(shares):

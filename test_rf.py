@@ -536,7 +536,7 @@ def test_from_mp4_to_latents_to_a_model_and_back(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "bad.mp4 cannot be read" in out and "short.mp4 has 5 frames; wanted at least --frames 9" in out
     files = sorted((tmp_path / "latents").iterdir())
-    assert [file.name for file in files] == ["long-mp4-0000.npz", "long-mp4-0001.npz"]
+    assert [file.name for file in files] == ["long.mp4-0000.npz", "long.mp4-0001.npz"]
     files[0].unlink()
     before = files[1].stat().st_mtime_ns
     data.main(flags)

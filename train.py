@@ -64,8 +64,8 @@ def parse(argv):
     add("--patch", None, "pixels along a side of a token (default: the preset's)", type=positive)
     add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
     add("--history", "resample", "what the frames see of their past, after the warm-up (Table 2)", choices=HISTORY)
-    add("--warmup", 2400, "steps of teacher forcing before that", type=natural)
-    add("--steps", 3800, "optimizer steps in all", type=positive)
+    add("--warmup", 2100, "steps of teacher forcing before that", type=natural)
+    add("--steps", 3200, "optimizer steps in all", type=positive)
     add("--shift", 0.6, "s of Eq. (7): below 1, the resampled history stays nearer to the truth", type=plus)
     add("--resample-steps", 1, "Euler steps from t_s to 0, Eq. (5)", type=positive)
     add("--resample-share", 1.0, "share of the batches whose history is redrawn", type=share)
@@ -531,23 +531,30 @@ def finish(ema, data, args, device):
                      *flags.split()])
     else:
         compare(path, continue_clips(ema, data, frames, args, device), data.fps)
-    print(speeds(args))
+    print(speeds(args, ema.config, device))
     prompt = f' "{held_out(data, args).caption(0)}"' if args.data == "sprites" else ""
     print(f"look at {path}.gif and {path}.png (truth above, rollout below), then try\n"
           f"  python sample.py{prompt} --checkpoint {args.out}")
 
 
-def speeds(args):
-    """Median times of the run's steps, by kind, from its log. What a redrawn history costs is told from the same steps
-    without it: they are then teacher-forcing steps, taken in the same minutes."""
+def speeds(args, config, device):
+    """Median times of the run's steps, by kind, from its log, and how they compare with `plan`. What a redrawn history
+    costs is told from the same steps without it: they are then teacher-forcing steps, taken in the same minutes."""
     steps = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
     steps, kinds = [step for step in steps if "loss" in step], []
     for name in sorted({s["history"] for s in steps}, reverse=True):
         seconds, history = np.array([(s["seconds"], s["history_seconds"]) for s in steps if s["history"] == name]).T
         kinds.append(f"{name} {1000 * np.median(seconds):.0f} ms" + (
             "" if name == "teacher_history" else f" ({np.median(seconds / (seconds - history)):.2f} x one without it)"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    teacher, _, parts = plan(args, config, args.words[1] if args.words else 512, world)
+    alone = np.median([s["seconds"] - s["history_seconds"] for s in steps])
+    rate = f"without its history a step runs at {teacher / alone / world / 1e12:.3f} TFLOPS on each device"
+    if device.type == "cuda":
+        rate += (f", {teacher / alone / world / 1e12 / args.tflops:.0%} of --tflops {args.tflops:g}; memory at its peak "
+                 f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB, planned {sum(parts.values()) / 2 ** 30:.1f}")
     data = sum(s["data_seconds"] for s in steps) / sum(s["seconds"] + s["data_seconds"] for s in steps)
-    return f"median step: {', '.join(kinds)}; waiting for data {data:.1%} of the time"
+    return f"median step: {', '.join(kinds)}; waiting for data {data:.1%} of the time\n{rate}"
 
 
 if __name__ == "__main__":
