@@ -673,8 +673,8 @@ class Writer:
         return self
 
     def __call__(self, video):
-        """Append frames (T, 3, height, width) in [-1, 1]."""
-        for frame in enlarge(to_bytes(video)):
+        """Append frames (T, 3, height, width) in [-1, 1], or a picture of each, (T, height, width, 3) uint8."""
+        for frame in enlarge(to_bytes(video)) if torch.is_tensor(video) else video:
             if self.path.suffix == ".mp4":
                 self.file.write_frame(frame[:len(frame) // 2 * 2, :frame.shape[1] // 2 * 2])
             else:

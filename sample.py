@@ -29,8 +29,8 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import routing
-from data import (Parser, Sprites, Wan, Words, Writer, draw_table, film, fold, latest_run, measure, number, read_video,
-                  ruler_table, save_picture, unfold)
+from data import (Parser, Sprites, Wan, Words, Writer, draw_table, enlarge, film, fold, latest_run, measure, number,
+                  read_video, ruler_table, save_picture, to_bytes, unfold, write)
 from model import load_checkpoint
 from rf import Guided, rollout
 from routing import pick
@@ -60,7 +60,7 @@ def parse(argv):
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
     add("--videos", 64, "how many, for --eval", type=positive)
-    add("--true-history", False, "with --eval: every frame continues the truth, so that no error adds up", action="store_true")
+    add("--true-history", False, "with --eval or --table: every frame continues the truth, so that no error adds up", action="store_true")
     add("--compare", [], "--eval of several runs on the same clips, with a picture of all", type=Path, nargs="+", metavar="RUN")
     add("--table", [], "print what --eval wrote; NAME-0, NAME-1, ... are seeds of one NAME", type=Path, nargs="+", metavar="RUN")
     add("--routing", False, "draw how often each history frame is picked (needs a model with --top-k)", action="store_true")
@@ -252,7 +252,7 @@ def evaluate(args, model):
     run, chunk = model.run, model.config.chunk
     if run["data"] != "sprites":
         raise ValueError(f"--eval needs a model of sprites, whose world is exactly known; this one learned {run['data']}")
-    test = Sprites(run["size"], args.frames, 0, "test", run["objects"], run["wall"])
+    test = Sprites(run["size"], args.frames, 0, "test", run["objects"], run["wall"], run["withheld"])
     N, given, truths, rollouts = args.frames // chunk, 2, [], []
     parts = [(n, n + 1) for n in range(given, N)] if args.true_history else [(given, N)]
     for i in tqdm(range(0, args.videos, 16), "batches", dynamic_ncols=True):
@@ -270,11 +270,15 @@ def evaluate(args, model):
     print(f"{len(scores)} held-out videos, {args.frames} frames, the first {given * chunk} given, window "
           f"{args.window or 'none'}, {args.steps} steps" + (", on true history" if args.true_history else ""))
     print(ruler_table(scores))
-    path = samples_of(args.checkpoint) / f"{'true-history' if args.true_history else 'eval'}.json"
+    path = samples_of(args.checkpoint) / scores_name(args)
     path.parent.mkdir(exist_ok=True)
     frames = [[None if math.isnan(z) else z for z in row] for row in scores.nanmean(0).tolist()]
     path.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "frames": frames}))
     return truth, made
+
+
+def scores_name(args):
+    return "true-history.json" if args.true_history else "eval.json"
 
 
 def compare(path, videos, fps):
@@ -284,17 +288,20 @@ def compare(path, videos, fps):
     rows = rows if rows.shape[3] == 3 else rows[:, :, :, :3] / 3  # of latents, three channels
     clips = rearrange(rows, "r b t c h w -> (b r) t c h w")
     save_picture(path.with_suffix(".png"), film(clips, 16, [*videos] * rows.shape[1]))
+    frames = enlarge(to_bytes(rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")), 72 * len(rows))
+    names = np.concatenate([write(name, frames.shape[1] // len(rows)) for name in videos])
     with Writer(path.with_suffix(".gif"), fps) as out:
-        out(rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)"))
+        out(np.concatenate([np.broadcast_to(names, (len(frames), *names.shape)), frames], axis=2))
 
 
-def print_tables(runs):
+def print_tables(args):
     """What --eval wrote, per third: mean ± standard error over the seeds of a name."""
     groups = {}
-    for run in runs:
-        path = samples_of(run) / "eval.json"
+    for run in args.table:
+        path = samples_of(run) / scores_name(args)
         if not path.is_file():
-            raise ValueError(f"there is no {path}; python sample.py --eval --checkpoint {run} writes it")
+            raise ValueError(f"there is no {path}; python sample.py --eval {'--true-history ' * args.true_history}--checkpoint "
+                             f"{run} writes it")
         frames = [[math.nan if z is None else z for z in row] for row in json.loads(path.read_text())["frames"]]
         groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(frames)
     for name, frames in groups.items():
@@ -304,14 +311,16 @@ def print_tables(runs):
 def main(argv):
     args = parse(argv)
     if args.table:
-        return print_tables(args.table)
+        return print_tables(args)
     rows = {}
     for args.checkpoint in args.compare or [args.checkpoint or latest_run()]:
         model = load_checkpoint(args.checkpoint).to(args.device)
+        if "cuda" in args.device:
+            model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
         own = settle(copy.copy(args), model)
         if args.eval or args.compare:
             print(f"{args.checkpoint}:")
-            rows["truth"], rows[str(args.checkpoint)] = (video[:4] for video in evaluate(own, model))
+            rows["truth"], rows[samples_of(args.checkpoint).parent.name] = (video[:4] for video in evaluate(own, model))
         else:
             make(own, model)
     if rows:

@@ -1050,6 +1050,21 @@ def test_training_on_latents(tmp_path):
     assert state["config"]["channels"] == 4 and state["config"]["text_dim"] == 7
 
 
+def test_a_run_begins_with_wans_weights_and_the_papers_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "wan-1.3b", Config(4, 48, 96, 2, 1, 2, 3, text_dim=7))
+    bad_latents(tmp_path / "latents", latents=np.ones((6, 4, 4, 8)), text=np.ones((2, 7)))
+    wan = CausalDiT(train.PRESETS["wan-1.3b"])
+    torch.nn.init.normal_(wan.head.head.weight)
+    torch.save(wan.state_dict(), tmp_path / "wan.pth")
+    flags = ["--preset", "wan-1.3b", "--data", str(tmp_path / "latents"), "--init", str(tmp_path / "wan.pth")]
+    args = train.parse(flags)
+    assert (args.batch, args.lr, args.frames, args.decay, args.recompute) == (64, 5e-5, 21, "constant", True)
+    train.main([*flags, "--frames", "6", "--batch", "1", "--steps", "1", "--lr", "1e-9", "--sample-steps", "1", "--out",
+                str(tmp_path / "run")])
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
+    assert all(close(value, state[key], 1e-6) for key, value in wan.state_dict().items())
+
+
 def bad_latents(folder, **arrays):
     folder.mkdir(exist_ok=True)
     np.savez(folder / f"{len(list(folder.iterdir()))}.npz", **arrays)

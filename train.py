@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from unittest.mock import patch
@@ -58,7 +59,7 @@ def parse(argv):
     add("--wall", False, "sprites pass behind a wall", action="store_true")
     add("--withheld", 0.0, "share of the sprite clips without a caption", type=share)
     add("--preset", "toy", "size of the network", choices=PRESETS)
-    add("--dim", None, "width of the network (default: the preset's)", type=positive)
+    add("--dim", None, "width of the network, a quarter of its MLPs' (default: the preset's)", type=positive)
     add("--heads", None, "attention heads (default: the preset's)", type=positive)
     add("--layers", None, "blocks (default: the preset's)", type=positive)
     add("--patch", None, "pixels along a side of a token (default: the preset's)", type=positive)
@@ -144,13 +145,15 @@ def launch(args):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patient = timedelta(hours=6)  # the others wait while the first process makes pictures
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patient)
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def configure(args, data, world):
     """The network's Config, after all that can be known to be wrong has been looked for."""
     own = {key: getattr(args, key) for key in ("dim", "heads", "layers", "patch", "chunk", "top_k")}
+    own["ffn_dim"] = args.dim and 4 * args.dim
     config = replace(PRESETS[args.preset], **{key: value for key, value in own.items() if value is not None})
     size = data.size if data else tuple(side // 8 for side in np.broadcast_to(args.size, 2).tolist())
     args.height, args.width = height, width = size if isinstance(size, tuple) else (size, size)
@@ -199,6 +202,29 @@ def fit_weights(net, state, name, path):
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def build(args, config, device):
+    """(network, its average, optimizer, first step): new ones, with the weights of --init, or all of --resume."""
+    torch.manual_seed(args.seed)
+    net, state = CausalDiT(config).to(device), read_checkpoint(args.out) if args.resume else None
+    if args.resume:
+        fit_weights(net, state, "model", args.out)
+    elif args.init and args.preset in RECIPES and not (args.init / "ckpt.pt").is_file() and args.init.name != "ckpt.pt":
+        load_wan(net, args.init)
+    elif args.init:
+        fit_weights(net, read_checkpoint(args.init), "ema", args.init)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    if args.resume:
+        ema.load_state_dict(state["ema"])
+    net.recompute = args.recompute
+    if args.fsdp:
+        shard(net)
+        shard(ema)
+    optimizer = make_optimizer(net, args.lr)
+    if args.resume:
+        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+    return net, ema, optimizer, state["step"] if args.resume else 0
 
 
 def save(net, ema, optimizer, step, args, rank):
@@ -329,30 +355,14 @@ def main(argv):
     rank, world, device = launch(args)
     if args.dry_run:
         rank, world, device, args.precision = 0, args.gpus, torch.device("cuda"), "bf16"
-    data = None if args.dry_run and args.preset in RECIPES else open_data(args.data, args.frames, args.size, args.seed, args.fps, args.stride, args.objects, args.wall,
-                     args.withheld)
+    data = None
+    if not args.dry_run or args.preset not in RECIPES:
+        data = open_data(args.data, args.frames, args.size, args.seed, args.fps, args.stride, args.objects, args.wall,
+                         args.withheld)
     config = configure(args, data, world)
     if args.dry_run:
         return announce(args, config, data, 0, world, device)
-    torch.manual_seed(args.seed)
-    net, start, state = CausalDiT(config).to(device), 0, read_checkpoint(args.out) if args.resume else None
-    if args.init and not args.resume:
-        if args.preset.startswith("wan") and not (args.init / "ckpt.pt").is_file() and args.init.name != "ckpt.pt":
-            load_wan(net, args.init)
-        else:
-            fit_weights(net, read_checkpoint(args.init), "ema", args.init)
-    if args.resume:
-        fit_weights(net, state, "model", args.out)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    if args.resume:
-        ema.load_state_dict(state["ema"])
-    net.recompute = args.recompute
-    if args.fsdp:
-        shard(net), shard(ema)
-    optimizer = make_optimizer(net, args.lr)
-    if args.resume:
-        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
-        start = state["step"]
+    net, ema, optimizer, start = build(args, config, device)
     model = torch.compile(net) if args.compile else net
     model = DistributedDataParallel(model) if world > 1 and not args.fsdp else model
     args.out, log = open_out(args, start, rank, world)
@@ -394,7 +404,8 @@ def main(argv):
         if step % args.sample_every == 0 or step == args.steps:
             one = whole(ema)
             if rank == 0:
-                log({"step": step} | look(one, data, args, device, step))
+                with autocast:
+                    log({"step": step} | look(one, data, args, device, step))
         if step % args.save_every == 0 or step == args.steps or stop:
             save(net, ema, optimizer, step, args, rank)
         end = clock(device)
@@ -408,7 +419,8 @@ def main(argv):
         if step < args.steps:
             print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
         else:
-            finish(one, data, args, device)
+            with autocast:
+                finish(one, data, args, device)
     if world > 1:
         dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
         dist.destroy_process_group()
@@ -515,10 +527,13 @@ def look(ema, data, args, device, step):
     """Pictures of continued clips, truth above and rollout below. Returns the loss under teacher forcing on them."""
     test = held_out(data, args)
     compare(args.out / "samples" / f"step_{step:06d}", continue_clips(ema, test, args.frames, args, device), data.fps)
-    x, c = (z.to(device) for z in default_collate([test[i] for i in range(16)]))
-    x = fold(x, ema.config.chunk)
-    with torch.no_grad(), streams(0, range(16), device):
-        return {"held_out_loss": flow_matching_loss(ema, x, c, x[:, :-1], args.time_shift).item()}
+    losses = []
+    for i in range(16):
+        x, c = (z[None].to(device) for z in test[i])
+        x = fold(x, ema.config.chunk)
+        with torch.no_grad(), streams(0, [i], device):
+            losses.append(flow_matching_loss(ema, x, c, x[:, :-1], args.time_shift).item())
+    return {"held_out_loss": np.mean(losses)}
 
 
 def finish(ema, data, args, device):
