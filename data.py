@@ -722,7 +722,7 @@ def save_picture(path, picture):
     iio.imwrite(path, picture)
 
 
-def main(argv):
+def parse(argv):
     parser = Parser("Turn a folder of videos into latents for train.py --data, with Wan 2.1's VAE and text encoder.")
     parser.add_argument("command", choices=["encode"])
     parser.add_argument("videos", type=Path, help="a folder of videos; name.txt beside name.mp4 is its caption")
@@ -737,8 +737,8 @@ def main(argv):
         raise ValueError(f"--size {args.size}: Wan's height and width are multiples of 16, for instance 480x832")
     if args.frames % 4 != 1:
         raise ValueError(f"--frames {args.frames}: the VAE makes n latents of 4 n - 3 frames; {args.frames // 4 * 4 + 1} would work")
-    encode_folder(args)
+    return args
 
 
 if __name__ == "__main__":
-    Parser(main.__doc__).guard(main, sys.argv[1:])
+    Parser(__doc__).guard(lambda: encode_folder(parse(sys.argv[1:])))

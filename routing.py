@@ -181,8 +181,8 @@ def attend_flex(q, k, v, past, own):
 
 @cache
 def flex():
-    """FlexAttention, compiled once for all shapes."""
-    return torch.compile(flex_attention, dynamic=True)
+    """FlexAttention, compiled when first used."""
+    return torch.compile(flex_attention)
 
 
 @lru_cache(maxsize=64)

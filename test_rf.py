@@ -532,14 +532,14 @@ def test_from_mp4_to_latents_to_a_model_and_back(tmp_path, capsys):
     (tmp_path / "clips/long.txt").write_text("a red boat")
     (tmp_path / "clips/bad.mp4").write_text("no video")
     flags = ["encode", str(tmp_path / "clips"), str(tmp_path / "latents"), "--wan", str(wan), "--size", "32x48", "--frames", "9"]
-    data.main(flags)
+    data.encode_folder(data.parse(flags))
     out = capsys.readouterr().out
     assert "bad.mp4 cannot be read" in out and "short.mp4 has 5 frames; wanted at least --frames 9" in out
     files = sorted((tmp_path / "latents").iterdir())
     assert [file.name for file in files] == ["long.mp4-0000.npz", "long.mp4-0001.npz"]
     files[0].unlink()
     before = files[1].stat().st_mtime_ns
-    data.main(flags)
+    data.encode_folder(data.parse(flags))
     assert files[0].exists() and files[1].stat().st_mtime_ns == before, "what is finished is kept"
     with np.load(files[0]) as file:
         assert file["latents"].shape == (3, 16, 4, 6) and file["text"].shape == (512, 32)
@@ -1163,12 +1163,13 @@ def test_the_readme_points_at_things_that_exist():
 
 def test_the_readme_commands_parse():
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    commands = [line.split(" #")[0].split("&&")[-1].strip() for block in blocks
-                for line in block.replace("\\\n", " ").splitlines()]
+    loops = {name: first for block in blocks for name, first in re.findall(r"for (\w+) in (\S+)", block)}
+    commands = [re.sub(r"\$(\w+)", lambda name: loops[name[1]], line.split(" #")[0].split("&&")[-1].strip())
+                for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     parsed = 0
     for command in commands:
         words = shlex.split(command)
-        for script, parse in (("train.py", train.parse), ("sample.py", sample.parse)):
+        for script, parse in (("train.py", train.parse), ("sample.py", sample.parse), ("data.py", data.parse)):
             if script in words:
                 flags = words[words.index(script) + 1:]
                 parse([flag for flag in flags if flag != "--resume"])
