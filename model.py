@@ -365,11 +365,14 @@ def load_wan(model, path):
     path, state = Path(path), {}
     files = sorted(path.rglob("diffusion_pytorch_model*.safetensors")) if path.is_dir() else [path]
     for file in files:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file  # comes with diffusers
-            state |= load_file(file)
-        else:
-            state |= torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file  # comes with diffusers
+                state |= load_file(file)
+            else:
+                state |= torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # each library has classes of its own
+            raise ValueError(f"{file} cannot be read as weights ({type(error).__name__}: {str(error)[:100]})") from None
     state = state.get("generator_ema", state.get("generator", state))
     ours, theirs = model.state_dict(), {}
     for name, tensor in state.items():

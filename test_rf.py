@@ -485,6 +485,10 @@ def test_wan_weights_load_by_either_name_and_wrong_ones_are_named(tmp_path):
     torch.save(lacking | {"blocks.0.modulation": torch.ones(1, 6, 7)}, tmp_path / "wan.pth")
     with pytest.raises(ValueError, match="missing: head.head.bias; unknown: img_emb; misshapen: blocks.0.modulation"):
         model_py.load_wan(net, tmp_path / "wan.pth")
+    (tmp_path / "wan.pth").write_text("junk")
+    for path in (tmp_path / "wan.pth", tmp_path / "none.pth"):
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read as weights"):
+            model_py.load_wan(net, path)
 
 
 def test_the_network_is_that_of_diffusers(tmp_path):
@@ -832,15 +836,15 @@ def test_the_plan_counts_the_flops_that_run(chunk, steps, monkeypatch, tmp_path)
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         self_resample(net, x[:, :-1], c, steps=steps)
-    teacher, resample, parts = train.plan(args, config, 7, 1)
+    parameters, teacher, resample, parts = train.plan(args, config, 7, 1)
     assert abs(teacher / forward / 3 - 1) < 1e-9
     assert abs((resample - teacher) / counter.get_total_flops() - 1) < 0.05, "but for the text, read once by the cache"
-    assert parts["weights"] == 4 * sum(p.numel() for p in net.parameters())
+    assert parts["weights"] == 4 * parameters == 4 * sum(p.numel() for p in net.parameters())
 
 
 def test_a_dry_run_says_what_fits_and_what_would_help(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags, wanted in ((["--gpus", "64", "--fsdp"], "this fits"), (["--frames", "63", "--gpus", "8"], "this does not fit: try --fsdp")):
+    for flags, wanted in ((["--gpus", "64", "--fsdp"], "this fits"), (["--frames", "63", "--gpus", "8"], "this does not fit; what would help: --fsdp")):
         train.main(["--preset", "wan-1.3b", "--dry-run", *flags])
         out = capsys.readouterr().out
         assert "1,418,996,800 parameters" in out and wanted in out and not any(tmp_path.iterdir())

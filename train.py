@@ -98,7 +98,7 @@ def parse(argv):
     add("--gpus", 1, "for --dry-run: how many devices share the batch", type=positive)
     add("--gpu-memory", 141.0, "for --dry-run: GiB on each", type=plus)
     add("--tflops", 989.0, "for --dry-run: what each can do at best, in 1e12 FLOPs per second", type=plus)
-    add("--mfu", 0.45, "for --dry-run: the share of that which is expected", type=share)
+    add("--mfu", 0.45, "for --dry-run: the share of that which is expected", type=number(float, 0, 1, above=True))
     args = parser.parse_args(argv)
     if args.preset in RECIPES:
         parser.set_defaults(**RECIPES[args.preset])
@@ -155,7 +155,7 @@ def configure(args, data, world):
     own = {key: getattr(args, key) for key in ("dim", "heads", "layers", "patch", "chunk", "top_k")}
     own["ffn_dim"] = args.dim and 4 * args.dim
     config = replace(PRESETS[args.preset], **{key: value for key, value in own.items() if value is not None})
-    size = data.size if data else tuple(side // 8 for side in np.broadcast_to(args.size, 2).tolist())
+    size = data.size if data else tuple(side // 8 for side in np.broadcast_to(args.size, 2).tolist())  # Wan's VAE
     args.height, args.width = height, width = size if isinstance(size, tuple) else (size, size)
     if data:
         config = replace(config, channels=data.channels, text_dim=data.text_dim)
@@ -451,58 +451,61 @@ def open_out(args, start, rank, world):
 
 
 def flops(config, N, M, P, words):
-    """Of one clip's forward pass: N noisy and M history frames of P tokens, each seeing what the mask and --top-k leave it."""
+    """Of one clip's forward pass: N noisy and M history frames of P tokens, each seeing what the mask and --top-k leave."""
     D, k = config.dim, config.top_k or N
     pairs = [sum(1 + min(i, k) for i in range(n)) * P * P for n in (N, M)]
     token, values = 12 * D * D + 4 * D * config.ffn_dim + 4 * D * words, config.channels * config.patch ** 2
     block = 4 * D * D * words + token * N * P + 4 * D * pairs[0]
     history = token * M * P + 4 * D * pairs[1]  # in the last block only its keys and values are asked for
-    ends = 2 * D * (values * (2 * N + M) * P + (config.text_dim + D) * words + (config.freq_dim + 7 * D) * (N + M))
-    return config.layers * block + (config.layers - 1) * history + 4 * D * D * M * P + ends
+    ends = values * (2 * N + M) * P + (config.text_dim + D) * words + (config.freq_dim + 7 * D) * (N + M)
+    return config.layers * block + (config.layers - 1) * history + 4 * D * D * M * P + 2 * D * ends
 
 
 def plan(args, config, words, world):
-    """What a step costs: (FLOPs of a teacher-forcing step, of a resampling step, {part: bytes on each device})."""
+    """What a step costs: (parameters, FLOPs of a teacher-forcing step, of a resampling step, {part: bytes on each device})."""
     N, P = args.frames // config.chunk, config.chunk * args.height * args.width // config.patch ** 2
     with torch.device("meta"):
         net = CausalDiT(config)
-    clips, n, block = args.batch // world // args.accumulate, *(sum(p.numel() for p in z.parameters()) for z in (net, net.blocks[0]))
+    n, block = (sum(p.numel() for p in part.parameters()) for part in (net, net.blocks[0]))
     teacher = 3 * args.batch * flops(config, N, N - 1, P, words)
-    history = args.batch * (flops(config, N - 1, N - 2, P, words) + (args.resample_steps - 1) * flops(config, N - 1, 0, P, words))
-    tokens, held = clips * (2 * N - 1) * P, 60 * config.dim + 6 * config.ffn_dim  # bytes that a block keeps of a token
+    later = (args.resample_steps - 1) * flops(config, N - 1, 0, P, words)
+    resample = teacher + args.batch * (flops(config, N - 1, N - 2, P, words) + later)
+    clips, held = args.batch // world // args.accumulate, 60 * config.dim + 6 * config.ffn_dim  # bytes a block keeps of a token
     keep = config.layers * 4 * config.dim + held if args.recompute else config.layers * held
     parts = {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n, "average": 4 * n}
     parts = {key: value / (world if args.fsdp else 1) for key, value in parts.items()}
     parts |= {"gathered weights": 4 * n if args.fsdp and args.history == "resample" else 8 * block if args.fsdp else 0,
-              "activations": tokens * keep, "cache": clips * 4 * config.layers * N * P * config.dim}
-    return teacher, teacher + history, parts
+              "activations": clips * (2 * N - 1) * P * keep, "cache": clips * 4 * config.layers * N * P * config.dim}
+    return n, teacher, resample, parts
 
 
 def announce(args, config, data, start, world, device):
     """What is about to happen, said before the first step, and all that --dry-run says."""
-    rows = data[0][1].shape[0] if data else 512
-    teacher, resample, parts = plan(args, config, rows, world)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in CausalDiT(config).parameters())
+    n, teacher, resample, parts = plan(args, config, data[0][1].shape[0] if data else 512, world)
     tokens = (2 * args.frames - config.chunk) * args.height * args.width // config.patch ** 2 * args.batch
-    print(f"{args.data if data else 'latents'}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} per step\n"
-          f"{parameters:,} parameters on {world} x {device.type}, {args.precision}; {tokens:,} tokens and {teacher:.2e} FLOPs "
-          f"per teacher-forcing step, {resample:.2e} per resampling step")
+    print(f"{args.data if data else 'latents'}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} per "
+          f"step\n{n:,} parameters on {world} x {device.type}, {args.precision}; {tokens:,} tokens and {teacher:.2e} FLOPs per "
+          f"teacher-forcing step, {resample:.2e} per resampling step")
     if args.dry_run:
-        total, room = sum(parts.values()) / 2 ** 30, args.gpu_memory
-        print("GiB on each: " + ", ".join(f"{key} {value / 2 ** 30:.1f}" for key, value in parts.items()) + f": {total:.1f} of {room:g}")
-        cures = [flag for flag, helps in (("--recompute", not args.recompute), ("--fsdp with more --gpus", not args.fsdp),
-                 ("more --accumulate", args.batch > world * args.accumulate), ("more --gpus", args.fsdp)) if helps]
-        print("this fits" if total < room else f"this does not fit: try {', '.join(cures)} or fewer --frames")
-        later = max(0, args.steps - args.warmup)
-        seconds = [z / world / args.tflops / 1e12 / args.mfu for z in (teacher, resample)]
-        print(f"at {args.tflops:g} TFLOPS and an MFU of {args.mfu:g}: {seconds[0]:.1f} s per teacher-forcing step, {seconds[1]:.1f} s "
-              f"per resampling step ({seconds[1] / seconds[0]:.2f} x), {np.dot(seconds, (args.steps - later, later)) / 3600:,.0f} hours "
-              f"for {args.steps:,} steps")
-    else:
-        print(f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history {args.history}"
-              + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
-              f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
+        return print_plan(args, world, teacher, resample, parts)
+    print(f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history "
+          f"{args.history}" + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
+          f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
+
+
+def print_plan(args, world, teacher, resample, parts):
+    """Does it fit, what would make it fit, and how long will it take?"""
+    total, later = sum(parts.values()) / 2 ** 30, max(0, args.steps - args.warmup)
+    print("GiB on each: " + ", ".join(f"{key} {value / 2 ** 30:.1f}" for key, value in parts.items()) +
+          f"; {total:.1f} of {args.gpu_memory:g}")
+    cures = {"--recompute": not args.recompute, "--fsdp with more --gpus": not args.fsdp, "more --gpus": args.fsdp,
+             "more --accumulate": args.batch > world * args.accumulate, "fewer --frames": True}
+    print("this fits" if total < args.gpu_memory else
+          f"this does not fit; what would help: {', '.join(cure for cure, helps in cures.items() if helps)}")
+    seconds = [z / world / args.tflops / 1e12 / args.mfu for z in (teacher, resample)]
+    print(f"at {args.tflops:g} TFLOPS and an MFU of {args.mfu:g}: {seconds[0]:.1f} s per teacher-forcing step, {seconds[1]:.1f} s "
+          f"per resampling step ({seconds[1] / seconds[0]:.2f} x), {np.dot(seconds, (args.steps - later, later)) / 3600:,.0f} "
+          f"hours for {args.steps:,} steps")
 
 
 def continue_clips(net, data, frames, args, device):
@@ -562,11 +565,11 @@ def speeds(args, config, device):
         kinds.append(f"{name} {1000 * np.median(seconds):.0f} ms" + (
             "" if name == "teacher_history" else f" ({np.median(seconds / (seconds - history)):.2f} x one without it)"))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    teacher, _, parts = plan(args, config, args.words[1] if args.words else 512, world)
-    alone = np.median([s["seconds"] - s["history_seconds"] for s in steps])
-    rate = f"without its history a step runs at {teacher / alone / world / 1e12:.3f} TFLOPS on each device"
+    _, teacher, _, parts = plan(args, config, args.words[1] if args.words else 512, world)
+    bare = np.median([s["seconds"] - s["history_seconds"] for s in steps])
+    rate = f"without its history a step runs at {teacher / bare / world / 1e12:.3f} TFLOPS on each device"
     if device.type == "cuda":
-        rate += (f", {teacher / alone / world / 1e12 / args.tflops:.0%} of --tflops {args.tflops:g}; memory at its peak "
+        rate += (f", {teacher / bare / world / 1e12 / args.tflops:.0%} of --tflops {args.tflops:g}; memory at its peak "
                  f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB, planned {sum(parts.values()) / 2 ** 30:.1f}")
     data = sum(s["data_seconds"] for s in steps) / sum(s["seconds"] + s["data_seconds"] for s in steps)
     return f"median step: {', '.join(kinds)}; waiting for data {data:.1%} of the time\n{rate}"
