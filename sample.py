@@ -307,6 +307,9 @@ def print_tables(args):
         frames = [[math.nan if z is None else z for z in row] for row in json.loads(path.read_text())["frames"]]
         groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(frames)
     for name, frames in groups.items():
+        if len({len(video) for video in frames}) > 1:
+            raise ValueError(f"the seeds of {name} were measured on {', '.join(str(len(video)) for video in frames)} frames; "
+                             "measure them again with one --frames")
         print(f"{name}, {len(frames)} seed{'s' * (len(frames) > 1)}\n{ruler_table(torch.tensor(frames))}")
 
 

@@ -968,7 +968,13 @@ def test_evaluations_are_written_compared_and_gathered(trained, tmp_path, capsys
     sample.main(["--table", *runs])
     assert re.search(r"toy, 2 seeds\n.*\n +0-2 .*± +0.00", capsys.readouterr().out), "the same weights, so no spread"
     sample.main(["--eval", "--true-history", "--checkpoint", runs[0], *flags])
-    assert "on true history" in capsys.readouterr().out and (tmp_path / "toy-0/samples/true-history.json").exists()
+    assert "on true history" in capsys.readouterr().out
+    sample.main(["--true-history", "--table", runs[0]])
+    assert "toy, 1 seed\n" in capsys.readouterr().out
+    path = tmp_path / "toy-0/samples/eval.json"
+    path.write_text(json.dumps({"frames": json.loads(path.read_text())["frames"] * 2}))
+    with pytest.raises(ValueError, match="the seeds of toy were measured on 18, 9 frames"):
+        sample.main(["--table", *runs])
 
 
 def test_on_true_history_each_frame_continues_the_truth(trained, monkeypatch):
