@@ -850,6 +850,15 @@ def test_a_dry_run_says_what_fits_and_what_would_help(capsys, tmp_path, monkeypa
         assert "1,418,996,800 parameters" in out and wanted in out and not any(tmp_path.iterdir())
 
 
+def test_a_checkpoint_of_an_older_version_is_told_what_to_do(tmp_path):
+    state = run_train(tmp_path / "run", "--steps", "1")
+    named = state["optimizer"]["state"]
+    state["optimizer"]["state"] = {i: value for i, value in enumerate(named.values())}
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    with pytest.raises(ValueError, match="start a new run from its weights with --init"):
+        train.main(["--resume", "--steps", "2", "--out", str(tmp_path / "run")])
+
+
 def test_recomputing_blocks_changes_no_gradient():
     net, (x, history, t, c) = tiny(), clip()
     grads = []

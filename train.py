@@ -223,7 +223,11 @@ def build(args, config, device):
         shard(ema)
     optimizer = make_optimizer(net, args.lr)
     if args.resume:
-        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+        try:
+            set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+        except KeyError:
+            raise ValueError(f"the optimizer's states in {args.out} have no names, as in older versions: start a new run "
+                             f"from its weights with --init {args.out}") from None
     return net, ema, optimizer, state["step"] if args.resume else 0
 
 
