@@ -130,6 +130,11 @@ class GroupedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):  # as in `attend`, wherever backward is called
+            return GroupedAttention.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
         q, k, v, seen, out, *kept = ctx.saved_tensors
         dq, dk, dv, scale = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), q.shape[-1] ** -0.5
         mean = (grad * out).sum(-1, keepdim=True)

@@ -249,6 +249,16 @@ def test_what_runs_on_cuda_is_the_definition(cached, history, noisy, first, P, t
     assert all(close(a, b, 2e-2) for a, b in zip(*results))  # TF32
 
 
+def test_gradients_are_the_same_where_backward_is_called_under_autocast():
+    torch.manual_seed(0)
+    past, own = sparse_causal_mask(0, 5, 6, 0)
+    q, k, v = (torch.randn(1, 2, n, 40, 8, requires_grad=True) for n in (11, 11, 11))
+    plain = torch.autograd.grad(attend(q, k, v, past, own).cos().sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        under = torch.autograd.grad(attend(q, k, v, past, own).cos().sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(plain, under))
+
+
 def test_the_history_is_shown_at_t_0():
     """A noisy frame at t = 0 next to the history is treated as the history is: their keys are the same."""
     net, (x, _, t, c) = tiny(layers=1), clip()
