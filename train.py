@@ -418,7 +418,7 @@ def main(argv):
     bar.close()
     for sign, handler in before.items():
         signal.signal(sign, handler)
-    one = whole(ema)
+    one = whole(ema) if step == args.steps else None
     if rank == 0:
         if step < args.steps:
             print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
