@@ -33,6 +33,7 @@ class Config:
     text_dim: int = 20
     freq_dim: int = 256     # of the sinusoids of t
     top_k: int | None = None  # history frames that a token may pick, Eq. (9); None: all
+    window: int | None = None  # history frames in sight, in training too; None: all
     eps: float = 1e-6
 
     def __post_init__(self):
@@ -40,7 +41,7 @@ class Config:
             value = getattr(self, field.name)
             if value is not None and not value > 0:
                 raise ValueError(f"{field.name} is {value}; it must be positive" +
-                                 (" (leave it out for dense history)" if field.name == "top_k" else ""))
+                                 (" (leave it out for dense history)" if field.name in ("top_k", "window") else ""))
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; "
                              f"a multiple of {2 * self.heads} would work")
@@ -289,7 +290,7 @@ class CausalDiT(nn.Module):
             history = history[:, cache.admit(history.shape[1])]
             n_cached, start = cache.kept, cache.first
         M, N, height, width = history.shape[1], x.shape[1], x.shape[3] // config.patch, x.shape[4] // config.patch
-        past, own = sparse_causal_mask(n_cached, M, N, first - start)
+        past, own = sparse_causal_mask(n_cached, M, N, first - start, window=config.window)
         frames = (*range(start + n_cached, start + n_cached + M), *range(first, first + N))
         angles = token_angles(config.dim // config.heads, config.chunk, frames, height, width, x.device, dtype)
         with torch.autocast(x.device.type, enabled=False):

@@ -15,16 +15,17 @@ from einops import einsum
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 
-def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None):
+def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None, window=None):
     """Fig. 3c, frame by frame: (past, own), two boolean tables (n_history + n_noisy, n_cached + n_history + n_noisy).
 
     The noisy frames are numbered first, first + 1, ...; past[r, c]: row r sees column c as history; own[r, c]: c is
-    the frame r itself. A noisy frame sees no other noisy frame and never its own finished copy.
+    the frame r itself. A noisy frame sees no other noisy frame and never its own finished copy. window: only the last
+    so many history frames are seen (None: all).
     """
     finished = torch.arange(n_cached + n_history, device=device)
     noisy = first + torch.arange(n_noisy, device=device)
-    past = torch.cat([finished[n_cached:], noisy])[:, None] > finished
-    past = F.pad(past, (0, n_noisy))
+    age = torch.cat([finished[n_cached:], noisy])[:, None] - finished
+    past = F.pad((age > 0) & (age <= (window or len(age) + n_cached)), (0, n_noisy))
     own = torch.eye(n_history + n_noisy, dtype=torch.bool, device=device)
     return past, F.pad(own, (n_cached, 0))
 
@@ -175,13 +176,20 @@ def add(total, index, part):
 
 def attend_flex(q, k, v, past, own):
     """`attend` where history is dense, on CUDA. A pass of one or two frames, as in a rollout, needs no mask at all."""
-    P, reach, itself = q.shape[3], past.sum(1).tolist(), own.int().argmax(1).tolist()
-    if len(reach) <= 2 and reach == itself:
-        rows = [F.scaled_dot_product_attention(q[:, :, r], *(z[:, :, :n + 1].flatten(2, 3) for z in (k, v)))
-                for r, n in enumerate(reach)]
-        return torch.stack(rows, dim=2)
-    mask = dense_blocks(tuple(reach), tuple(itself), k.shape[2], P, q.device)
+    P, rows = q.shape[3], spans(past, own)
+    if len(rows) <= 2 and all(end == itself for _, end, itself in rows):
+        out = [F.scaled_dot_product_attention(q[:, :, r], *(z[:, :, start:end + 1].flatten(2, 3) for z in (k, v)))
+               for r, (start, end, _) in enumerate(rows)]
+        return torch.stack(out, dim=2)
+    mask = dense_blocks(rows, k.shape[2], P, q.device)
     return flex()(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask).unflatten(2, (-1, P))
+
+
+def spans(past, own):
+    """Each row's (first past frame in sight, the one after the last, itself)."""
+    itself = own.int().argmax(1)
+    start = torch.where(past.any(1), past.int().argmax(1), itself)
+    return tuple(zip(start.tolist(), (start + past.sum(1)).tolist(), itself.tolist()))
 
 
 @cache
@@ -191,21 +199,23 @@ def flex():
 
 
 @lru_cache(maxsize=64)
-def dense_blocks(reach, itself, columns, P, device, size=128):
-    """FlexAttention's block mask for rows that see the columns before `reach` and the one that is their own, made from
-    the counts of frame pairs in each block: no table has more entries than there are blocks."""
-    reach, itself, column = torch.tensor(reach), torch.tensor(itself), torch.arange(columns)
-    seen = (column < reach[:, None]) | (column == itself[:, None])
+def dense_blocks(rows, columns, P, device, size=128):
+    """FlexAttention's block mask for rows that see what `spans` says, made from the counts of frame pairs in each block:
+    no table has more entries than there are blocks."""
+    def sees(start, end, itself, column):
+        return (column >= start) & (column < end) | (column == itself)
+    rows = torch.tensor(rows).T
+    seen = sees(*rows[..., None], torch.arange(columns))
     below = F.pad(seen.int().cumsum(0).cumsum(1), (1, 0, 1, 0))  # how many pairs are seen above and left of a corner
     (r0, r1, whole_rows), (c0, c1, whole_columns) = (frames_of_blocks(n, P, size) for n in seen.shape)
     count = below[r1][:, c1] - below[r0][:, c1] - below[r1][:, c0] + below[r0][:, c0]
     full = (count == (r1 - r0)[:, None] * (c1 - c0)) & whole_rows[:, None] & whole_columns
     kinds = [z.to(device)[None, None] for blocks in ((count > 0) & ~full, full)
              for z in (blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int())]
-    reach, itself = reach.to(device), itself.to(device)
+    rows = rows.to(device)
     return BlockMask.from_kv_blocks(
-        *kinds, BLOCK_SIZE=size, seq_lengths=(len(reach) * P, columns * P),
-        mask_mod=lambda b, h, q, s: (s // P < reach[q // P]) | (s // P == itself[q // P]))
+        *kinds, BLOCK_SIZE=size, seq_lengths=(len(seen) * P, columns * P),
+        mask_mod=lambda b, h, q, s: sees(*(row[q // P] for row in rows), s // P))
 
 
 def frames_of_blocks(frames, P, size):

@@ -35,10 +35,10 @@ TINY = ["--size", "8", "--frames", "4", "--dim", "48", "--heads", "2", "--layers
         "--lr-warmup", "2", "--device", "cpu"]
 
 
-def tiny(chunk=1, top_k=None, layers=2):
+def tiny(chunk=1, top_k=None, layers=2, window=None):
     """A small float64 network with every weight random: at its own initialisation it returns 0, and 0 equals 0."""
     torch.manual_seed(0)
-    net = CausalDiT(Config(2, 24, 48, 2, layers, 2, chunk, text_dim=5, freq_dim=16, top_k=top_k)).double()
+    net = CausalDiT(Config(2, 24, 48, 2, layers, 2, chunk, text_dim=5, freq_dim=16, top_k=top_k, window=window)).double()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return net
@@ -132,6 +132,8 @@ def test_the_mask_of_a_cached_pass_is_the_last_rows_of_the_whole():
     past, own = sparse_causal_mask(2, 1, 1, 3)  # frames 0, 1 cached, 2 entering, 3 noisy
     assert past.tolist() == [[True, True, False, False], [True, True, True, False]]
     assert own.tolist() == [[False, False, True, False], [False, False, False, True]]
+    past, _ = sparse_causal_mask(0, 3, 4, 0, window=1)
+    assert past.int()[:, :3].tolist() == [[0] * 3, [1, 0, 0], [0, 1, 0], [0] * 3, [1, 0, 0], [0, 1, 0], [0, 0, 1]]
     past, _ = sparse_causal_mask(5, 0, 2, 3)
     assert past.tolist() == [[True] * 3 + [False] * 4, [True] * 4 + [False] * 3], "a noisy frame sees smaller numbers only"
 
@@ -153,14 +155,15 @@ def test_nothing_leaks_and_history_reaches_later_frames(top_k):
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_training_in_parallel_is_sampling_frame_by_frame(chunk, top_k):
-    net, (x, x_t, t, c) = tiny(chunk, top_k), clip(chunk)
+@pytest.mark.parametrize("top_k, window", [(None, None), (2, None), (None, 2), (1, 3)])
+def test_training_in_parallel_is_sampling_frame_by_frame(chunk, top_k, window):
+    net, (x, x_t, t, c) = tiny(chunk, top_k, window=window), clip(chunk)
     together = net(x_t, t, c, x[:, :-1])
-    cache, one_by_one = net.cache(2, 6), []
-    for i in range(6):
-        one_by_one.append(net(x_t[:, [i]], t[:, [i]], c, x[:, [i - 1]] if i else None, cache, first=i))
-    assert close(torch.cat(one_by_one, 1), together) and together.std() > 0.1
+    for kept in {None, window and window + 1}:  # the newest frame in the cache has a window of its own
+        cache, one_by_one = net.cache(2, 6, kept), []
+        for i in range(6):
+            one_by_one.append(net(x_t[:, [i]], t[:, [i]], c, x[:, [i - 1]] if i else None, cache, first=i))
+        assert close(torch.cat(one_by_one, 1), together) and together.std() > 0.1
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -194,12 +197,13 @@ def test_a_chunk_is_frames_that_see_each_other():
 PASSES = [(0, 5, 6, 0, 7), (3, 1, 1, 4, 5), (0, 0, 1, 0, 3), (4, 0, 1, 4, 3), (0, 2, 3, 0, 130), (2, 3, 4, 2, 33)]
 
 
+@pytest.mark.parametrize("window", (None, 2))
 @pytest.mark.parametrize("cached, history, noisy, first, P", PASSES)
-def test_block_masks_are_the_frame_tables(cached, history, noisy, first, P):
-    past, own = sparse_causal_mask(cached, history, noisy, first)
+def test_block_masks_are_the_frame_tables(cached, history, noisy, first, P, window):
+    past, own = sparse_causal_mask(cached, history, noisy, first, window=window)
     tokens = (past | own).repeat_interleave(P, 0).repeat_interleave(P, 1)
     for size in (16, 128):
-        mask = routing.dense_blocks(tuple(past.sum(1).tolist()), tuple(own.int().argmax(1).tolist()), past.shape[1], P, "cpu", size)
+        mask = routing.dense_blocks(routing.spans(past, own), past.shape[1], P, "cpu", size)
         for i, rows in enumerate(tokens.split(size)):
             parts = [part for part in rows.split(size, dim=1)]
             some, every = ({*indices[0, 0, i, :count[0, 0, i]].tolist()} for count, indices in (

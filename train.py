@@ -64,6 +64,7 @@ def parse(argv):
     add("--layers", None, "blocks (default: the preset's)", type=positive)
     add("--patch", None, "pixels along a side of a token (default: the preset's)", type=positive)
     add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
+    add("--window", None, "history frames in sight, also in training (default: all)", type=positive)
     add("--history", "resample", "what the frames see of their past, after the warm-up (Table 2)", choices=HISTORY)
     add("--warmup", 2100, "steps of teacher forcing before that", type=natural)
     add("--steps", 3200, "optimizer steps in all", type=positive)
@@ -152,7 +153,7 @@ def launch(args):
 
 def configure(args, data, world):
     """The network's Config, after all that can be known to be wrong has been looked for."""
-    own = {key: getattr(args, key) for key in ("dim", "heads", "layers", "patch", "chunk", "top_k")}
+    own = {key: getattr(args, key) for key in ("dim", "heads", "layers", "patch", "chunk", "top_k", "window")}
     own["ffn_dim"] = args.dim and 4 * args.dim
     config = replace(PRESETS[args.preset], **{key: value for key, value in own.items() if value is not None})
     size = data.size if data else tuple(side // 8 for side in np.broadcast_to(args.size, 2).tolist())  # Wan's VAE
@@ -195,7 +196,7 @@ def fit_weights(net, state, name, path):
     """Load a checkpoint's weights, or say in which sizes it differs from this network."""
     theirs, ours = state["config"], asdict(net.config)
     wrong = [f"{key} is {theirs.get(key)} there and {ours[key]} here" for key in ours
-             if theirs.get(key) != ours[key] and key != "top_k"]
+             if theirs.get(key) != ours[key] and key not in ("top_k", "window")]
     if wrong:
         raise ValueError(f"the model of {path} has another shape: {'; '.join(wrong)}")
     net.load_state_dict(state[name])
@@ -456,7 +457,7 @@ def open_out(args, start, rank, world):
 
 def flops(config, N, M, P, words):
     """Of one clip's forward pass: N noisy and M history frames of P tokens, each seeing what the mask and --top-k leave."""
-    D, k = config.dim, config.top_k or N
+    D, k = config.dim, min(config.top_k or N, config.window or N)
     pairs = [sum(1 + min(i, k) for i in range(n)) * P * P for n in (N, M)]
     token, values = 12 * D * D + 4 * D * config.ffn_dim + 4 * D * words, config.channels * config.patch ** 2
     block = 4 * D * D * words + token * N * P + 4 * D * pairs[0]
