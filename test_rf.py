@@ -856,6 +856,28 @@ def test_the_plan_counts_the_flops_that_run(chunk, steps, monkeypatch, tmp_path)
     assert parts["weights"] == 4 * parameters == 4 * sum(p.numel() for p in net.parameters())
 
 
+def one_call(q, k, v, past, own, top_k=None):
+    return F.scaled_dot_product_attention(*(z.flatten(2, 3) for z in (q, k, v))).view_as(q)
+
+
+@pytest.mark.parametrize("layers", (2, 5))
+def test_the_plan_counts_the_activations_that_backward_keeps(layers, monkeypatch):
+    monkeypatch.setattr(model_py, "attend", one_call)  # keeps what FlexAttention keeps
+    config = Config(channels=4, dim=32, ffn_dim=160, heads=2, layers=layers, patch=2, text_dim=10)
+    args = train.parse(["--frames", "6", "--batch", "2"])
+    args.height, args.width = 24, 32
+    net, x, c, kept = CausalDiT(config), torch.randn(2, 6, 4, 24, 32), torch.randn(2, 7, 10), {}
+
+    def keep(z):
+        storage = z.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return z
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda z: z), torch.autocast("cpu", torch.bfloat16):
+        net(x, torch.rand(2, 6), c, x[:, :-1])
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert 0.9 < train.plan(args, config, 7, 1)[3]["activations"] / measured < 1.1
+
+
 def test_a_dry_run_says_what_fits_and_what_would_help(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, wanted in ((["--gpus", "64", "--fsdp"], "this fits"), (["--frames", "63", "--gpus", "8"], "this does not fit; what would help: --fsdp")):
