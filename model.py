@@ -171,6 +171,27 @@ class Cache:
             self.sink_k = k.new_zeros(self.config.layers, B, H, self.sink, P, E)
 
 
+class Sight:
+    """What a layer's attentions look at in one pass: its row of frames, and the text. torch.compile leaves both calls
+    alone: it would compile anew for every number of frames."""
+
+    def __init__(self, layer, past, own, n_noisy, cache, c, text):
+        self.layer, self.past, self.own, self.n_noisy, self.rows = layer, past, own, n_noisy, len(past)
+        self.cache, self.c, self.text = cache, c, text
+
+    @torch.compiler.disable
+    def attend(self, q, k, v, top_k):
+        """`routing.attend`, on the frames in the cache too, to which those of this pass are added."""
+        if self.cache is not None:
+            k, v = self.cache.put(self.layer, k, v, self.n_noisy)
+        return attend(q, k, v, self.past, self.own, top_k)
+
+    @torch.compiler.disable
+    def words(self, attention):
+        """A cross-attention's keys and values; with a cache they are made once."""
+        return attention.words(self.text) if self.cache is None else self.cache.words_of(self.c, self.text, attention)
+
+
 class Attention(nn.Module):
     """What both attentions have: projections, and norms of q and k over the full width."""
 
@@ -182,13 +203,13 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x, angles, past, own, put):
-        """x (B, M, P, D) -> the last len(past) of its frames (B, rows, P, D); put: where keys and values go first."""
-        rows = x[:, x.shape[1] - len(past):]
+    def forward(self, x, angles, sight):
+        """x (B, M, P, D) -> the last of its frames, those in `sight` (B, rows, P, D)."""
+        rows = x[:, x.shape[1] - sight.rows:]
         q, k, v = self.norm_q(self.q(rows).to(x.dtype)), self.norm_k(self.k(x).to(x.dtype)), self.v(x)
         q, k, v = (split(z, self.heads) for z in (q, k, v))
         q, k = (rotate(z, angles[len(angles) - z.shape[2]:]).to(v.dtype) for z in (q, k))
-        return self.o(join(attend(q, *put(k, v), past, own, self.top_k)))
+        return self.o(join(sight.attend(q, k, v, self.top_k)))
 
 
 class CrossAttention(Attention):
@@ -223,14 +244,14 @@ class Block(nn.Module):
                                  nn.Linear(config.ffn_dim, config.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
 
-    def forward(self, x, e6, words, angles, past, own, put):
-        """x (B, M, P, D), e6 (B, M, 6, D) -> the last len(past) frames; only their keys and values need the others.
-        words: a function from the cross-attention to its keys and values, so that its weights are used in here."""
+    def forward(self, x, e6, angles, sight):
+        """x (B, M, P, D), e6 (B, M, 6, D) -> the frames in `sight`, the last ones; only their keys and values need the
+        others."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e6).unsqueeze(-2).unbind(2)
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
-        x, gate1, shift2, scale2, gate2 = (z[:, z.shape[1] - len(past):] for z in (x, gate1, shift2, scale2, gate2))
-        x = torch.addcmul(x, gate1, self.self_attn(h, angles, past, own, put).to(x.dtype))
-        x = x + self.cross_attn(self.norm3(x), *words(self.cross_attn))
+        x, gate1, shift2, scale2, gate2 = (z[:, z.shape[1] - sight.rows:] for z in (x, gate1, shift2, scale2, gate2))
+        x = torch.addcmul(x, gate1, self.self_attn(h, angles, sight).to(x.dtype))
+        x = x + self.cross_attn(self.norm3(x), *sight.words(self.cross_attn))
         h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.ffn(h).to(x.dtype))
 
@@ -274,6 +295,11 @@ class CausalDiT(nn.Module):
         """An empty `Cache` for `batch` videos of up to `frames` frames (or for any number, with a window)."""
         return Cache(self.config, batch, frames, window, sink)
 
+    def compile_blocks(self, **options):
+        """torch.compile, block by block: all share what is compiled for one, and attention picks its own kernels."""
+        for block in self.blocks:
+            block.compile(**options)
+
     def forward(self, x, t, c, history=None, cache=None, first=0):
         """The velocity v = eps - x of noisy frames, each seeing itself and the history frames before it.
 
@@ -297,16 +323,14 @@ class CausalDiT(nn.Module):
             e = self.time_embedding(sinusoid(1000 * F.pad(t, (M, 0)), config.freq_dim).to(dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1))
         text = self.text_embedding(c.to(dtype))
-        words = (lambda attention: attention.words(text)) if cache is None else partial(cache.words_of, c, text)
         patches = rearrange(torch.cat([history, x], dim=1), "b m (t c) (h p) (w q) -> b m (t h w) (c p q)",
                             t=config.chunk, p=config.patch, q=config.patch)
         x = self.patch_embedding(patches.to(dtype)).to(dtype)
         for layer, block in enumerate(self.blocks):
             if layer + 1 == len(self.blocks):  # nobody reads the history's own output
                 past, own = past[M:], own[M:]
-            put = (lambda k, v: (k, v)) if cache is None else partial(cache.put, layer, n_noisy=N)
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
-            x = run(x, e6, words, angles, past, own, put)
+            x = run(x, e6, angles, Sight(layer, past, own, N, cache, c, text))
         with torch.autocast(x.device.type, enabled=False):
             v = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
         return rearrange(v, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", t=config.chunk, h=height, p=config.patch,

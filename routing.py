@@ -66,7 +66,6 @@ def attend_masked(q, k, v, past, own, top_k=None):
     return einsum(weight, v.flatten(2, 3), "b h r p k, b h k e -> b h r p e")
 
 
-@torch.compiler.disable  # the plan is made in python, from tables
 def attend(q, k, v, past, own, top_k=None):
     """Eq. (8), the form that runs: `attend_masked`'s numbers and gradients, without its work on what is masked out.
 

@@ -58,6 +58,7 @@ def parse(argv):
     add("--samples", 1, "videos per prompt", type=positive)
     add("--seed", 0, "of the noise", type=natural)
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
     add("--videos", 64, "how many, for --eval", type=positive)
     add("--true-history", False, "with --eval or --table: every frame continues the truth, so that no error adds up", action="store_true")
@@ -320,6 +321,8 @@ def main(argv):
     rows = {}
     for args.checkpoint in args.compare or [args.checkpoint or latest_run()]:
         model = load_checkpoint(args.checkpoint).to(args.device)
+        if args.compile:
+            model.compile_blocks()
         if "cuda" in args.device:
             model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
         own = settle(copy.copy(args), model)

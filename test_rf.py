@@ -895,6 +895,19 @@ def test_a_checkpoint_of_an_older_version_is_told_what_to_do(tmp_path):
         train.main(["--resume", "--steps", "2", "--out", str(tmp_path / "run")])
 
 
+def test_compiled_blocks_change_nothing_and_are_not_compiled_anew_for_every_frame():
+    def one_rollout(frames):
+        return torch.cat([*rollout(net, x[:, :frames], torch.ones(2), c.float(), 2)], dim=1)
+    net, (x, _, _, c) = tiny().float(), clip()
+    x = torch.randn(2, 14, *x.shape[2:])
+    plain, graphs = one_rollout(14), []
+    net.compile_blocks(backend="eager")
+    for frames in (3, 5, 14):
+        assert close(one_rollout(frames), plain[:, :frames], 1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1] == graphs[2]
+
+
 def test_recomputing_blocks_changes_no_gradient():
     net, (x, history, t, c) = tiny(), clip()
     grads = []

@@ -91,7 +91,7 @@ def parse(argv):
     add("--guidance", 2.0, "how much the text counts in these", type=amount)
     add("--workers", None, "processes that decode videos (default: 2; sprites need none)", type=natural)
     add("--precision", None, "fp32 or bf16 autocast (default: bf16 on CUDA)", choices=("fp32", "bf16"))
-    add("--compile", False, "torch.compile the network", action="store_true")
+    add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--recompute", False, "run each block again in backward instead of keeping what it made: less memory", action="store_true")
     add("--fsdp", False, "with torchrun: weights, gradients and moments spread over the processes", action="store_true")
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
@@ -318,7 +318,7 @@ def whole(net):
 
 def learn(model, net, video, c, method, args):
     """Algorithm 1 on one batch: (loss, seconds that the history took). model is net as the loss calls it, perhaps
-    compiled and spread over processes; the history is redrawn by the bare net, with the weights being trained."""
+    spread over processes; the history is redrawn by the bare net, with the weights being trained."""
     begin = clock(video.device)
     x = fold(video, net.config.chunk)
     c = c * (rf.rand(len(c), device=c.device) >= args.drop)[:, None, None]
@@ -368,8 +368,9 @@ def main(argv):
     if args.dry_run:
         return announce(args, config, data, 0, world, device)
     net, ema, optimizer, start = build(args, config, device)
-    model = torch.compile(net) if args.compile else net
-    model = DistributedDataParallel(model) if world > 1 and not args.fsdp else model
+    if args.compile:
+        net.compile_blocks()
+    model = DistributedDataParallel(net) if world > 1 and not args.fsdp else net
     args.out, log = open_out(args, start, rank, world)
     if rank == 0:
         announce(args, config, data, start, world, device)
