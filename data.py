@@ -118,6 +118,7 @@ SHAPES = {  # signed distance to the edge, in radii, at (x, y) radii from the ce
     "triangle": lambda x, y: torch.maximum(y - 0.75, 0.866 * x.abs() - 0.5 * y - 0.6),
 }
 SPEED, WALL_HALF = (0.025, 0.06), 0.16  # canvas sizes: per frame, and from the wall's middle to its edges
+TRIES, HORIZON = 16, 48  # of so many scenes the one is shown whose sprites overlap least in so many frames
 
 
 def radius_of(size, wall):
@@ -160,7 +161,8 @@ def reflect(at, low, high):
 
 
 class Sprites:
-    """Coloured shapes that glide in straight lines and bounce off the edges, drawn from (seed, split, index) alone.
+    """Coloured shapes that glide in straight lines, bounce off the edges and seldom meet, drawn from (seed, split,
+    index) alone.
 
     "train" and "test" share no index: each has a stream of its own. withheld: share of clips without their caption.
     """
@@ -180,11 +182,20 @@ class Sprites:
         colour = rng.permutation(len(COLOURS))[:self.objects]
         shape = rng.integers(len(SHAPES), size=self.objects)
         margin = radius_of(self.size, self.wall)
-        start = rng.uniform(margin, self.size - margin, (self.objects, 2))
-        speed, angle = rng.uniform(*SPEED, self.objects) * self.size, rng.uniform(0, 2 * np.pi, self.objects)
+        start = rng.uniform(margin, self.size - margin, (TRIES, self.objects, 2))
+        if self.wall:  # at first they are in sight, or there were nothing to remember
+            aside, room = start[..., 0] - self.size / 2, self.size / 2 - margin
+            start[..., 0] += np.sign(aside) * (1 - abs(aside) / room) * WALL_HALF * self.size
+        speed, angle = rng.uniform(*SPEED, start.shape[:2]) * self.size, rng.uniform(0, 2 * np.pi, start.shape[:2])
         step = np.stack([speed * np.cos(angle), speed * np.sin(angle)], -1)
-        path = start + step * np.arange(frames or self.frames)[:, None, None]
-        at = reflect(path, margin, self.size - margin).astype(np.float32)
+
+        def glide(scene, frames):
+            path = start[scene] + step[scene] * np.arange(frames).reshape(-1, *[1] * start[scene].ndim)
+            return reflect(path, margin, self.size - margin)
+        drawn = glide(slice(None), HORIZON)
+        gap = np.linalg.norm(drawn[..., :, None, :] - drawn[..., None, :, :], axis=-1)
+        chosen = np.clip(2 * margin - gap, 0, None).sum((0, 2, 3)).argmin()
+        at = glide(chosen, frames or self.frames).astype(np.float32)
         return torch.from_numpy(colour), torch.from_numpy(shape), torch.from_numpy(at)
 
     def caption(self, index):
