@@ -7,7 +7,6 @@ a frame sees itself, and every history frame with a smaller number.
 B videos, H heads, P tokens in a frame, E width of a head.
 """
 from functools import cache, lru_cache
-from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -72,115 +71,62 @@ def attend(q, k, v, past, own, top_k=None):
     q (B, H, rows, P, E); k, v (B, H, columns, P, E); past, own from `sparse_causal_mask`, best left on the CPU;
     top_k: Eq. (9), None for dense history -> (B, H, rows, P, E). The softmax and its sums are at least fp32.
     """
-    if q.is_cuda:
-        return attend_flex(q, k, v, past, own) if top_k is None else attend_picked(q, k, v, past, own, top_k)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        seen = visible(q, k, past, own, top_k).flatten(0, 1)
-        table = (past | own).cpu()
-        plan = plan_groups(table.numpy().tobytes(), table.shape, q.shape[3], q.device)
-        out = GroupedAttention.apply(*(z.to(wide).flatten(0, 1) for z in (q, k, v)), seen, plan)
-    return out.unflatten(0, q.shape[:2]).to(q.dtype)
+    if len(past) == 0:  # a pass that only fills the cache
+        return q
+    if q.is_cuda and top_k is not None:
+        return attend_picked(q, k, v, past, own, top_k)
+    if q.is_cuda and len(past) > 2:
+        return attend_flex(q, k, v, past, own)
+    return attend_groups(q, k, v, past, own, top_k)
+
+
+def attend_groups(q, k, v, past, own, top_k):
+    """`attend` on a CPU, and for the one or two frames of a rollout's pass: a call for each group of frames that see
+    nearly the same, on no more than what they see."""
+    table, P, seen, out = (past | own).cpu(), q.shape[3], None, []
+    groups, back = plan_groups(table.numpy().tobytes(), table.shape, P, q.device)
+    for rows, columns, alike in groups:
+        mask = None
+        if top_k is not None or not alike:
+            seen = visible(q, k, past, own, top_k) if seen is None else seen
+            mask = seen[:, :, rows][..., columns]
+            mask = mask[..., None].expand(*mask.shape[:3], P, -1, P).flatten(2, 3).flatten(3)
+        part = F.scaled_dot_product_attention(take(q, rows), take(k, columns), take(v, columns), mask)
+        out.append(part.unflatten(2, (-1, P)))
+    return torch.cat(out, dim=2)[:, :, back]
 
 
 @lru_cache(maxsize=1024)
-def plan_groups(table, shape, tokens, device, target=64):
-    """How to go through a table (its bytes) of which row sees which column: [(rows, columns, ragged)].
+def plan_groups(table, shape, tokens, device, target=32):
+    """How to go through a table (its bytes) of which row sees which column: ([(rows, columns, alike)], order).
 
-    rows: frames that see nearly as many others, about `target` tokens of each of the two sequences; columns: those
-    that some of them see; ragged: how many of these come before the first that not all of them see.
+    rows: frames that see nearly as many others, about `target` tokens of each of the two sequences, or one frame where
+    there are but two; columns: those that some of them see; alike: all see all of these; order: puts the rows back.
     """
-    seen, groups = torch.frombuffer(bytearray(table), dtype=torch.bool).view(shape) if table else torch.zeros(shape), []
-    for rows in seen.sum(1).argsort(stable=True).split(2 * max(1, target // tokens)):
-        if len(rows):
-            columns = seen[rows].any(0).nonzero()[:, 0]
-            ragged = seen[rows][:, columns].all(0).long().cumprod(0).sum().item()
-            groups.append((span(rows.sort().values, device), span(columns, device), ragged))
-    return groups
+    seen, groups = torch.frombuffer(bytearray(table), dtype=torch.bool).view(shape), []
+    by_reach = seen.sum(1).argsort(stable=True).split(1 if len(seen) <= 2 else 2 * max(1, target // tokens))
+    for rows in by_reach:
+        columns = seen[rows].any(0).nonzero()[:, 0]
+        groups.append((span(rows, device), span(columns, device), seen[rows][:, columns].all().item()))
+    return groups, span(torch.cat(by_reach).argsort(), device)
 
 
 def span(index, device):
-    """Rising indices as a slice if they are consecutive: what it takes is then a view, not a copy."""
+    """Consecutive indices as a slice: what it takes is then a view, not a copy."""
     first, last = index[0].item(), index[-1].item()
-    return slice(first, last + 1) if last - first + 1 == len(index) else index.to(device)
-
-
-class GroupedAttention(torch.autograd.Function):
-    """Softmax attention by groups of rows, each over the columns that it sees and no others.
-
-    All groups add into one gradient. The first KEPT weights are kept for backward, further ones are made anew there:
-    time where it is cheap, and memory linear in the frames where it is not. q, k, v (B H, frames, P, E); seen (B H or
-    1, rows, P or 1, columns).
-    """
-    KEPT = 2 ** 26
-
-    @staticmethod
-    def forward(ctx, q, k, v, seen, plan):
-        out, kept, room = torch.empty_like(q), [], GroupedAttention.KEPT
-        for group in plan:
-            rows, columns, _ = group
-            weight = weights(q, k, seen, *group)
-            out[:, rows] = (weight @ take(v, columns)).unflatten(1, (-1, q.shape[2]))
-            room -= weight.numel()
-            if room >= 0 and any(ctx.needs_input_grad):
-                kept.append(weight)
-        ctx.save_for_backward(q, k, v, seen, out, *kept)
-        ctx.plan = plan
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):  # as in `attend`, wherever backward is called
-            return GroupedAttention.gradients(ctx, grad)
-
-    @staticmethod
-    def gradients(ctx, grad):
-        q, k, v, seen, out, *kept = ctx.saved_tensors
-        dq, dk, dv, scale = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), q.shape[-1] ** -0.5
-        mean = (grad * out).sum(-1, keepdim=True)
-        for group, weight in zip_longest(ctx.plan, kept):
-            rows, columns, _ = group
-            weight, g = weights(q, k, seen, *group) if weight is None else weight, take(grad, rows)
-            dscore = torch.baddbmm(take(mean, rows), g, take(v, columns).mT, beta=-1).mul_(weight)
-            dq[:, rows] = (dscore @ take(k, columns)).mul_(scale).unflatten(1, (-1, q.shape[2]))
-            add(dk, columns, (dscore.mT @ (take(q, rows) * scale)).unflatten(1, (-1, q.shape[2])))
-            add(dv, columns, (weight.mT @ g).unflatten(1, (-1, q.shape[2])))
-        return dq, dk, dv, None, None
-
-
-def weights(q, k, seen, rows, columns, ragged):
-    """The softmax of a group, (B H, queries, keys)."""
-    score = (take(q, rows) * q.shape[-1] ** -0.5) @ take(k, columns).mT
-    seen, P = seen[:, rows][..., columns], q.shape[2]
-    ragged = ragged if seen.shape[2] == 1 else 0  # routed, every token has a choice of its own
-    if ragged < seen.shape[-1]:
-        B, n_rows, _, n_columns = seen.shape
-        by_token = seen[..., None].expand(B, n_rows, P, n_columns, P).reshape(B, n_rows * P, n_columns * P)
-        score[..., ragged * P:].masked_fill_(~by_token[..., ragged * P:], -torch.inf)
-    return score.softmax(-1)
+    consecutive = torch.equal(index, torch.arange(first, last + 1))
+    return slice(first, last + 1) if consecutive else index.to(device)
 
 
 def take(z, index):
-    """The tokens of the chosen frames: (B H, frames, P, E) -> (B H, chosen · P, E)."""
-    return (z[:, index] if isinstance(index, slice) else z.index_select(1, index)).flatten(1, 2)
-
-
-def add(total, index, part):
-    """total[:, index] += part, for indices that do not repeat."""
-    if isinstance(index, slice):
-        total[:, index] += part
-    else:
-        total.index_add_(1, index, part)
+    """The tokens of the chosen frames: (B, H, frames, P, E) -> (B, H, chosen · P, E)."""
+    return z[:, :, index].flatten(2, 3)
 
 
 def attend_flex(q, k, v, past, own):
-    """`attend` where history is dense, on CUDA. A pass of one or two frames, as in a rollout, needs no mask at all."""
-    P, rows = q.shape[3], spans(past, own)
-    if len(rows) <= 2 and all(end == itself for _, end, itself in rows):
-        out = [F.scaled_dot_product_attention(q[:, :, r], *(z[:, :, start:end + 1].flatten(2, 3) for z in (k, v)))
-               for r, (start, end, _) in enumerate(rows)]
-        return torch.stack(out, dim=2)
-    mask = dense_blocks(rows, k.shape[2], P, q.device)
+    """`attend` where history is dense, on CUDA: FlexAttention."""
+    P = q.shape[3]
+    mask = dense_blocks(spans(past, own), k.shape[2], P, q.device)
     return flex()(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask).unflatten(2, (-1, P))
 
 

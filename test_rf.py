@@ -253,16 +253,6 @@ def test_what_runs_on_cuda_is_the_definition(cached, history, noisy, first, P, t
     assert all(close(a, b, 2e-2) for a, b in zip(*results))  # TF32
 
 
-def test_gradients_are_the_same_where_backward_is_called_under_autocast():
-    torch.manual_seed(0)
-    past, own = sparse_causal_mask(0, 5, 6, 0)
-    q, k, v = (torch.randn(1, 2, n, 40, 8, requires_grad=True) for n in (11, 11, 11))
-    plain = torch.autograd.grad(attend(q, k, v, past, own).cos().sum(), (q, k, v))
-    with torch.autocast("cpu", torch.bfloat16):
-        under = torch.autograd.grad(attend(q, k, v, past, own).cos().sum(), (q, k, v))
-    assert all(torch.equal(a, b) for a, b in zip(plain, under))
-
-
 def test_the_history_is_shown_at_t_0():
     """A noisy frame at t = 0 next to the history is treated as the history is: their keys are the same."""
     net, (x, _, t, c) = tiny(layers=1), clip()
@@ -432,15 +422,6 @@ def test_attention_is_its_definition_outputs_and_gradients(shape, top_k):
         assert close(a, c) and close(b, c)
     with torch.no_grad():
         assert close(attend(q, k, v, past, own, top_k), results[0][0]), "without gradients, too"
-
-
-def test_attention_makes_again_what_it_could_not_keep(monkeypatch):
-    past, own = sparse_causal_mask(0, 5, 6, 0)
-    q, k, v = (torch.randn(1, 2, 11, 40, 4, dtype=torch.float64, requires_grad=True) for _ in "qkv")
-    kept = torch.autograd.grad(attend(q, k, v, past, own).square().sum(), (q, k, v))
-    monkeypatch.setattr(routing.GroupedAttention, "KEPT", 30_000)
-    for a, b in zip(kept, torch.autograd.grad(attend(q, k, v, past, own).square().sum(), (q, k, v))):
-        assert close(a, b)
 
 
 def test_routing_is_equation_9():
