@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -218,9 +218,12 @@ def print_speed(args, what, count, sampling, showing):
     print(f"{count / sum(sampling):.1f} frames per second: {what} in {sum(sampling):.1f} s, {args.steps} steps each" +
           (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted" +
           (f"; {count / sum(showing):.1f} with the VAE's decoding" if args.wan else ""))
-    if len(sampling) >= 80:
-        early, late = (1000 * np.median(part) for part in (sampling[19:len(sampling) // 2], sampling[len(sampling) // 2:]))
-        print(f"median time of a frame: {early:.0f} ms for the 20th to {len(sampling) // 2}th, {late:.0f} ms for the rest")
+    if len(sampling) >= 40:
+        edges = np.linspace(20, len(sampling), 5).round().astype(int)
+        print("median time of a frame: " + ", ".join(f"{1000 * np.median(sampling[start:end]):.1f} ms ({start + 1} to {end})"
+                                                     for start, end in pairwise(edges)))
+    if "cuda" in args.device:
+        print(f"memory at its peak: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MiB")
 
 
 def recorded_picks(shares):

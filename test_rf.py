@@ -960,6 +960,12 @@ def trained(tmp_path_factory):
     return folder
 
 
+def test_the_time_of_a_frame_is_printed_by_its_number(capsys):
+    seconds = [0.9] * 20 + [0.01] * 40 + [0.02] * 40
+    sample.print_speed(sample.parse(["--steps", "4", "--guidance", "1", "--device", "cpu"]), "100 frames", 100, seconds, seconds)
+    assert "10.0 ms (21 to 40), 10.0 ms (41 to 60), 20.0 ms (61 to 80), 20.0 ms (81 to 100)" in capsys.readouterr().out
+
+
 def test_prompts_become_videos_of_any_length(trained, tmp_path, capsys):
     sample.main(["red circle", "blue square", "--checkpoint", str(trained), "--out", str(tmp_path), "--frames", "9",
                  "--steps", "2", "--window", "3", "--sink", "1", "--samples", "2"])

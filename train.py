@@ -355,6 +355,39 @@ def average(ema, net, decay, step):
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
+def precision(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def gradients(model, net, batch, method, args):
+    """`learn` and its gradients, in --accumulate parts of this process's batch: (mean loss, seconds for histories)."""
+    (indices, video, c), loss, seconds, parts = batch, 0, 0, args.accumulate
+    for part in range(parts):
+        rows = slice(part * len(video) // parts, (part + 1) * len(video) // parts)
+        with streams(args.seed, indices[rows], video.device), precision(args, video.device), alone(model, part + 1 < parts):
+            part_loss, part_seconds = learn(model, net, video[rows], c[rows], method, args)
+            (part_loss / parts).backward()
+        loss, seconds = loss + part_loss.detach() / parts, seconds + part_seconds
+    return loss, seconds
+
+
+def update(net, ema, optimizer, loss, step, args):
+    """Clip, step, average: returns the norm of the gradient. Raises ValueError, the weights untouched, where it or the
+    loss is no number."""
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+    norm = (norm.full_tensor() if args.fsdp else norm).item()
+    if not math.isfinite(loss + norm):
+        path = args.out / "ckpt.pt"
+        raise ValueError(f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; " + (
+            f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet; try a lower --lr"))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    average(ema, net, args.ema, step)
+    return norm
+
+
 def main(argv):
     args = parse(argv)
     rank, world, device = launch(args)
@@ -374,43 +407,26 @@ def main(argv):
     args.out, log = open_out(args, start, rank, world)
     if rank == 0:
         announce(args, config, data, start, world, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     told, step = [], start
     before = {sign: signal.signal(sign, lambda *_: told.append(1)) for sign in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(batches(data, start, rank, world, args, device), total=args.steps, initial=start, disable=rank > 0,
                dynamic_ncols=True)
     end = clock(device)
-    for step, (indices, video, c) in enumerate(bar, start):
-        before_data, begin, loss, seconds = end, clock(device), 0, 0
-        method = history_at(step, args)
-        for part in range(args.accumulate):
-            rows = slice(part * len(video) // args.accumulate, (part + 1) * len(video) // args.accumulate)
-            with streams(args.seed, indices[rows], device), autocast, alone(model, part + 1 < args.accumulate):
-                part_loss, part_seconds = learn(model, net, video[rows], c[rows], method, args)
-                (part_loss / args.accumulate).backward()
-            loss, seconds = loss + part_loss.detach() / args.accumulate, seconds + part_seconds
+    for step, batch in enumerate(bar, start):
+        waited, begin, method = clock(device) - end, clock(device), history_at(step, args)
+        loss, seconds = gradients(model, net, batch, method, args)
         loss, stop = agree(loss, bool(told), device, world)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        norm = (norm.full_tensor() if args.fsdp else norm).item()
-        if not math.isfinite(loss + norm):
-            path = args.out / "ckpt.pt"
-            raise ValueError(f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; " + (
-                f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet; try a lower --lr"))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average(ema, net, args.ema, step)
+        norm = update(net, ema, optimizer, loss, step, args)
         step, end = step + 1, clock(device)
         if rank == 0:
             log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm, "history": method.__name__,
-                 "seconds": end - begin, "history_seconds": seconds, "data_seconds": begin - before_data})
+                 "seconds": end - begin, "history_seconds": seconds, "data_seconds": waited})
             bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / (end - begin):.0%} of the time")
         if step % args.sample_every == 0 or step == args.steps:
             one = whole(ema)
             if rank == 0:
-                with autocast:
+                with precision(args, device):
                     log({"step": step} | look(one, data, args, device, step))
         if step % args.save_every == 0 or step == args.steps or stop:
             save(net, ema, optimizer, step, args, rank)
@@ -425,7 +441,7 @@ def main(argv):
         if step < args.steps:
             print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
         else:
-            with autocast:
+            with precision(args, device):
                 finish(one, data, args, device)
     if world > 1:
         dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
