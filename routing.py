@@ -125,16 +125,31 @@ def take(z, index):
 
 def attend_flex(q, k, v, past, own):
     """`attend` where history is dense, on CUDA: FlexAttention."""
-    P = q.shape[3]
-    mask = dense_blocks(spans(past, own), k.shape[2], P, q.device)
+    table, P = (past | own).cpu(), q.shape[3]
+    mask = dense_blocks(table.numpy().tobytes(), table.shape, P, q.device)
     return flex()(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask).unflatten(2, (-1, P))
 
 
-def spans(past, own):
-    """Each row's (first past frame in sight, the one after the last, itself)."""
-    itself = own.int().argmax(1)
-    start = torch.where(past.any(1), past.int().argmax(1), itself)
-    return tuple(zip(start.tolist(), (start + past.sum(1)).tolist(), itself.tolist()))
+def closed_form(n_cached, n_history, first, window):
+    """`sparse_causal_mask` without a table: a function that tells whether a row sees a column."""
+    def sees(row, column):
+        itself = n_cached + row
+        end = torch.where(row < n_history, itself, first + row - n_history)
+        return (column == itself) | (column < end) & (column >= end - window)
+    return sees
+
+
+def read_table(table):
+    """The numbers of `closed_form` that make a table of who sees whom (itself included). Raises ValueError if none do."""
+    (rows, columns), row, column = table.shape, torch.arange(len(table))[:, None], torch.arange(table.shape[1])
+    past = table & (column != columns - rows + row)
+    end = (past * (column + 1)).amax(1)
+    n_history = (end == columns - rows + row[:, 0]).long().cumprod(0).sum()
+    first = end[n_history] if n_history < rows else torch.tensor(0)
+    numbers = torch.stack([torch.tensor(columns - rows), n_history, first, past.sum(1).amax()])
+    if not torch.equal(closed_form(*numbers)(row, column), table):
+        raise ValueError("FlexAttention was given a table of frames that `sparse_causal_mask` does not make")
+    return numbers
 
 
 @cache
@@ -144,23 +159,20 @@ def flex():
 
 
 @lru_cache(maxsize=64)
-def dense_blocks(rows, columns, P, device, size=128):
-    """FlexAttention's block mask for rows that see what `spans` says, made from the counts of frame pairs in each block:
-    no table has more entries than there are blocks."""
-    def sees(start, end, itself, column):
-        return (column >= start) & (column < end) | (column == itself)
-    rows = torch.tensor(rows).T
-    seen = sees(*rows[..., None], torch.arange(columns))
+def dense_blocks(table, shape, P, device, size=128):
+    """FlexAttention's block mask for a table (its bytes) of which row sees which column, made from the counts of frame
+    pairs in each block: nothing here has more entries than there are blocks, and each pair of tokens is judged by
+    `closed_form`."""
+    seen = torch.frombuffer(bytearray(table), dtype=torch.bool).view(shape)
+    sees = closed_form(*read_table(seen).to(device))
     below = F.pad(seen.int().cumsum(0).cumsum(1), (1, 0, 1, 0))  # how many pairs are seen above and left of a corner
     (r0, r1, whole_rows), (c0, c1, whole_columns) = (frames_of_blocks(n, P, size) for n in seen.shape)
     count = below[r1][:, c1] - below[r0][:, c1] - below[r1][:, c0] + below[r0][:, c0]
     full = (count == (r1 - r0)[:, None] * (c1 - c0)) & whole_rows[:, None] & whole_columns
     kinds = [z.to(device)[None, None] for blocks in ((count > 0) & ~full, full)
              for z in (blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int())]
-    rows = rows.to(device)
-    return BlockMask.from_kv_blocks(
-        *kinds, BLOCK_SIZE=size, seq_lengths=(len(seen) * P, columns * P),
-        mask_mod=lambda b, h, q, s: sees(*(row[q // P] for row in rows), s // P))
+    return BlockMask.from_kv_blocks(*kinds, BLOCK_SIZE=size, seq_lengths=(shape[0] * P, shape[1] * P),
+                                    mask_mod=lambda b, h, q, s: sees(q // P, s // P))
 
 
 def frames_of_blocks(frames, P, size):

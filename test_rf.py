@@ -203,7 +203,7 @@ def test_block_masks_are_the_frame_tables(cached, history, noisy, first, P, wind
     past, own = sparse_causal_mask(cached, history, noisy, first, window=window)
     tokens = (past | own).repeat_interleave(P, 0).repeat_interleave(P, 1)
     for size in (16, 128):
-        mask = routing.dense_blocks(routing.spans(past, own), past.shape[1], P, "cpu", size)
+        mask = routing.dense_blocks((past | own).numpy().tobytes(), past.shape, P, "cpu", size)
         for i, rows in enumerate(tokens.split(size)):
             parts = [part for part in rows.split(size, dim=1)]
             some, every = ({*indices[0, 0, i, :count[0, 0, i]].tolist()} for count, indices in (
@@ -213,6 +213,11 @@ def test_block_masks_are_the_frame_tables(cached, history, noisy, first, P, wind
     q, k, v = (torch.randn(1, 2, n, P, 8) for n in (len(past), past.shape[1], past.shape[1]))
     out = flex_attention(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask)
     assert close(out.unflatten(2, (-1, P)), attend_masked(q, k, v, past, own), 1e-5)
+    odd = past | own
+    odd[-2:-1, 0] ^= True
+    if len(past) > 3:
+        with pytest.raises(ValueError, match="does not make"):
+            routing.dense_blocks(odd.numpy().tobytes(), past.shape, P, "cpu")
 
 
 @pytest.mark.parametrize("cached, history, noisy, first, P", PASSES)
