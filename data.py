@@ -157,7 +157,8 @@ def paint(at, shape, colour, size, wall=False, shown=None):
 
 def reflect(at, low, high):
     """Fold positions on a line into [low, high], as elastic bounces do."""
-    return high - abs((at - low) % (2 * (high - low)) - (high - low))
+    away, period = at - low, 2 * (high - low)
+    return high - abs(away - period * np.floor(away / period) - (high - low))  # several times faster than %
 
 
 class Sprites:
@@ -172,7 +173,7 @@ class Sprites:
         if not 1 <= objects <= len(COLOURS):
             raise ValueError(f"{objects} sprites in a clip; 1 to {len(COLOURS)} work, each has a colour of its own")
         self.size, self.frames, self.objects, self.wall, self.withheld = size, frames, objects, wall, withheld
-        self.key = (seed, ("train", "test").index(split))
+        self.key, self.pairs = (seed, ("train", "test").index(split)), np.triu_indices(objects, 1)
         self.words = Words([*COLOURS, *SHAPES, "and"], 3 * objects - 1)
         self.text_dim = self.words.text_dim
 
@@ -189,13 +190,13 @@ class Sprites:
         speed, angle = rng.uniform(*SPEED, start.shape[:2]) * self.size, rng.uniform(0, 2 * np.pi, start.shape[:2])
         step = np.stack([speed * np.cos(angle), speed * np.sin(angle)], -1)
 
-        def glide(scene, frames):
-            path = start[scene] + step[scene] * np.arange(frames).reshape(-1, *[1] * start[scene].ndim)
+        def glide(start, step, frames):
+            path = start + step * np.arange(frames, dtype=step.dtype).reshape(-1, *[1] * step.ndim)
             return reflect(path, margin, self.size - margin)
-        drawn = glide(slice(None), HORIZON)
-        gap = np.linalg.norm(drawn[..., :, None, :] - drawn[..., None, :, :], axis=-1)
-        chosen = np.clip(2 * margin - gap, 0, None).sum((0, 2, 3)).argmin()
-        at = glide(chosen, frames or self.frames).astype(np.float32)
+        drawn = glide(start.astype(np.float32), step.astype(np.float32), HORIZON)
+        x, y = (drawn[:, :, self.pairs[0]] - drawn[:, :, self.pairs[1]]).transpose(3, 0, 1, 2)
+        chosen = np.maximum(2 * margin - np.sqrt(x * x + y * y), 0).sum((0, 2)).argmin()
+        at = glide(start[chosen], step[chosen], frames or self.frames).astype(np.float32)
         return torch.from_numpy(colour), torch.from_numpy(shape), torch.from_numpy(at)
 
     def caption(self, index):
