@@ -24,7 +24,8 @@ def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None, window=
     finished = torch.arange(n_cached + n_history, device=device)
     noisy = first + torch.arange(n_noisy, device=device)
     age = torch.cat([finished[n_cached:], noisy])[:, None] - finished
-    past = F.pad((age > 0) & (age <= (window or len(age) + n_cached)), (0, n_noisy))
+    past = age > 0 if window is None else (age > 0) & (age <= window)
+    past = F.pad(past, (0, n_noisy))
     own = torch.eye(n_history + n_noisy, dtype=torch.bool, device=device)
     return past, F.pad(own, (n_cached, 0))
 

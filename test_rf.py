@@ -132,6 +132,8 @@ def test_the_mask_of_a_cached_pass_is_the_last_rows_of_the_whole():
     past, own = sparse_causal_mask(2, 1, 1, 3)  # frames 0, 1 cached, 2 entering, 3 noisy
     assert past.tolist() == [[True, True, False, False], [True, True, True, False]]
     assert own.tolist() == [[False, False, True, False], [False, False, False, True]]
+    past, _ = sparse_causal_mask(2, 0, 1, 7)
+    assert past.tolist() == [[True, True, False]], "however much smaller the numbers are"
     past, _ = sparse_causal_mask(0, 3, 4, 0, window=1)
     assert past.int()[:, :3].tolist() == [[0] * 3, [1, 0, 0], [0, 1, 0], [0] * 3, [1, 0, 0], [0, 1, 0], [0, 0, 1]]
     past, _ = sparse_causal_mask(5, 0, 2, 3)
