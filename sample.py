@@ -72,7 +72,7 @@ def settle(args, model):
     """Fill in what the run knows better than the command line; say what cannot be."""
     run, chunk, pixels = model.run, model.config.chunk, model.config.channels == 3
     for name, value in (("frames", 2 * run["frames"]), ("steps", 4 if pixels else 32), ("guidance", 2.0 if pixels else 5.0),
-                        ("window", min(run["frames"] // chunk, (model.config.window or run["frames"]) + 2) - 1)):
+                        ("window", min(run["frames"] // chunk - 1, (model.config.window or run["frames"]) + 1))):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.frames % chunk:

@@ -414,7 +414,8 @@ def main(argv):
                dynamic_ncols=True)
     end = clock(device)
     for step, batch in enumerate(bar, start):
-        waited, begin, method = clock(device) - end, clock(device), history_at(step, args)
+        begin, method = clock(device), history_at(step, args)
+        waited = begin - end
         loss, seconds = gradients(model, net, batch, method, args)
         loss, stop = agree(loss, bool(told), device, world)
         norm = update(net, ema, optimizer, loss, step, args)
