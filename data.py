@@ -13,6 +13,7 @@ import re
 import sys
 import textwrap
 import zipfile
+from functools import lru_cache
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class Parser(argparse.ArgumentParser):
             return main(*args)
         except (ValueError, OSError) as error:
             self.error(error)
+        except KeyboardInterrupt:
+            self.exit(130, f"{self.prog}: interrupted\n")
 
 
 def number(kind, low, high=float("inf"), above=False):
@@ -68,10 +71,18 @@ def pixels(text):
     return (int(found[1]), int(found[2])) if found[2] else int(found[1])
 
 
+def device_name(text):
+    """An argparse type: cpu, cuda or cuda:N, where there is one."""
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if not found or text != "cpu" and torch.cuda.device_count() <= int(found[1] or 0):
+        raise argparse.ArgumentTypeError(f"got {text}, wanted cpu" + ", or cuda, or cuda:N" * torch.cuda.is_available())
+    return text
+
+
 def latest_run():
     found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError("nothing to resume: there is no checkpoint under runs/; name the run with --out")
+        raise ValueError("there is no checkpoint under runs/; train one, or name a run: train.py --out, sample.py --checkpoint")
     return found[-1].parent
 
 
@@ -117,13 +128,13 @@ SHAPES = {  # signed distance to the edge, in radii, at (x, y) radii from the ce
     "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.85,
     "triangle": lambda x, y: torch.maximum(y - 0.75, 0.866 * x.abs() - 0.5 * y - 0.6),
 }
-SPEED, WALL_HALF = (0.025, 0.06), 0.16  # canvas sizes: per frame, and from the wall's middle to its edges
+SPEED, WALL_HALF = (0.025, 0.06), 0.2  # canvas sizes: per frame, and from the wall's middle to its edges
 TRIES, HORIZON = 16, 48  # of so many scenes the one is shown whose sprites overlap least in so many frames
 
 
 def radius_of(size, wall):
     """Sprites are smaller where there is a wall, so that it can hide them whole."""
-    return size * (0.14 if wall else 0.19)
+    return size * (0.15 if wall else 0.19)
 
 
 def coverage(at, shape, size, radius):
@@ -138,7 +149,7 @@ def coverage(at, shape, size, radius):
 
 
 def wall_columns(size):
-    """Which columns of pixels the wall hides: the middle third or so."""
+    """Which columns of pixels the wall hides, two fifths of them."""
     return (torch.arange(size) + 0.5 - size / 2).abs() < WALL_HALF * size
 
 
@@ -175,7 +186,7 @@ class Sprites:
         self.size, self.frames, self.objects, self.wall, self.withheld = size, frames, objects, wall, withheld
         self.key, self.pairs = (seed, ("train", "test").index(split)), np.triu_indices(objects, 1)
         self.words = Words([*COLOURS, *SHAPES, "and"], 3 * objects - 1)
-        self.text_dim = self.words.text_dim
+        self.text, self.text_dim = lru_cache(maxsize=4096)(self.words), self.words.text_dim
 
     def scene(self, index, frames=None):
         """(colour (S,), shape (S,), at (T, S, 2) in pixels): the truth about a clip of any length."""
@@ -184,10 +195,12 @@ class Sprites:
         shape = rng.integers(len(SHAPES), size=self.objects)
         margin = radius_of(self.size, self.wall)
         start = rng.uniform(margin, self.size - margin, (TRIES, self.objects, 2))
-        if self.wall:  # at first they are in sight, or there were nothing to remember
+        speed, angle = rng.uniform(*SPEED, start.shape[:2]) * self.size, rng.uniform(0, 2 * np.pi, start.shape[:2])
+        if self.wall:  # at first they are in sight, or there were nothing to remember; then they go mostly sideways
             aside, room = start[..., 0] - self.size / 2, self.size / 2 - margin
             start[..., 0] += np.sign(aside) * (1 - abs(aside) / room) * WALL_HALF * self.size
-        speed, angle = rng.uniform(*SPEED, start.shape[:2]) * self.size, rng.uniform(0, 2 * np.pi, start.shape[:2])
+            half, tilt = np.divmod(angle, np.pi)
+            angle = np.pi * half + 0.4 * (tilt - np.pi / 2)
         step = np.stack([speed * np.cos(angle), speed * np.sin(angle)], -1)
 
         def glide(start, step, frames):
@@ -216,7 +229,7 @@ class Sprites:
         colour, shape, at = (torch.stack(z) for z in zip(*map(self.scene, indices)))
         texts = ["" if self.silent(i) else name(c, s) for i, c, s in zip(indices, colour, shape)]
         videos = paint(at, shape[:, None], colour[:, None], self.size, self.wall)
-        return [*zip(videos, map(self.words, texts))]
+        return [*zip(videos, map(self.text, texts))]
 
     def silent(self, index):
         return self.withheld and np.random.default_rng([*self.key, index, 1]).random() < self.withheld
@@ -292,7 +305,7 @@ def fit_sprites(picture, S, wall):
     colour[near], there[near] = colour[near][:, swap], there[near][:, swap]
     clear = visible_share(at, shape, there, size, wall)
     error = error / (energy.mean() * kernel.square().sum((1, 2, 3)).mean() * (S - 1))
-    return at, shape, colour, clear, torch.where(there.any(1), error, error.clamp(min=1))
+    return at, shape, colour, clear, error if wall else torch.where(there.any(1), error, error.clamp(min=1))
 
 
 def descend(picture, at, shape, colour, there, wall):
@@ -616,12 +629,13 @@ class Wan:
         return decode
 
 
-def encode_video(wan, path, out, name, size, frames, fps):
-    """Every clip of `frames` frames to out/name-NUMBER.npz, its latents and its caption's text; finished ones are kept."""
+def encode_video(wan, path, out, size, frames, fps):
+    """Every clip of `frames` frames to out-NUMBER.npz, its latents and its caption's text; finished ones are kept."""
     said, reader, number = path.with_suffix(".txt"), read_frames(path, size, fps), 0
     while len(clip := list(islice(reader, frames))) == frames:
-        target = out / f"{name}-{number:04d}.npz"
+        target = out.with_name(f"{out.name}-{number:04d}.npz")
         if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
             latents, text = wan.encode(to_float(np.stack(clip))[None]), wan.text([said.read_text() if said.is_file() else ""])
             with open(target.with_suffix(".part"), "wb") as file:
                 np.savez(file, latents=latents[0].half().cpu(), text=text[0].half().cpu())
@@ -636,11 +650,9 @@ def encode_folder(args):
     rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     files = files_in(args.videos, "videos")[int(os.environ.get("RANK", 0))::world]
     wan, bad = Wan(args.wan, f"cuda:{rank}" if args.device == "cuda" else args.device), 0
-    args.out.mkdir(parents=True, exist_ok=True)
     for path in tqdm(files, "videos"):
         try:
-            name = "-".join(path.relative_to(args.videos).parts)
-            encode_video(wan, path, args.out, name, args.size, args.frames, args.fps)
+            encode_video(wan, path, args.out / path.relative_to(args.videos), args.size, args.frames, args.fps)
         except ValueError as error:
             bad += 1
             print(f"warning: skipped: {one_line(error)}")
@@ -743,7 +755,7 @@ def parse(argv):
     parser.add("--size", (480, 832), "height and width in pixels, multiples of 16 (default 480x832)", type=pixels)
     parser.add("--frames", 81, "length of a clip in frames, 4 n - 3 for n latents", type=number(int, 1))
     parser.add("--fps", 16.0, "read videos at this rate", type=number(float, 0, above=True))
-    parser.add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    parser.add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", type=device_name)
     args = parser.parse_args(argv)
     if any(side % 16 for side in np.atleast_1d(args.size)):
         raise ValueError(f"--size {args.size}: Wan's height and width are multiples of 16, for instance 480x832")

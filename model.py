@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from routing import attend, sparse_causal_mask
+from routing import attend, describe, sparse_causal_mask
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Cache:
                              "than the window")
         self.config, self.batch, self.frames, self.window, self.sink = config, batch, frames, window, sink
         self.seen = self.length = self.kept = 0
-        self.k = self.v = self.sink_k = self.c = None
+        self.k = self.v = self.descriptor = self.sink_k = self.c = None
 
     @property
     def first(self):
@@ -115,32 +115,35 @@ class Cache:
         return self.seen - self.length
 
     def admit(self, n):
-        """Make room for n frames. Returns which of them to compute: all but those that a window would drop at once."""
+        """Make room for n frames. Returns which of them to compute, an index: all but those that a window would drop at once."""
         total = self.length + n
         if self.window is None and total > self.frames:
             raise ValueError(f"{total} finished frames in a cache for {self.frames}: ask model.cache for more frames, "
                              "or for a window")
         self.gap = 0 if self.window is None else max(0, total - self.window)
-        self.stay = [i for i in range(total) if i < self.sink or i >= self.sink + self.gap]
-        self.kept = sum(i < self.length for i in self.stay)
-        new = [i - self.length for i in self.stay if i >= self.length]
-        self.seen, self.length = self.seen + n, len(self.stay)
-        return new
+        stay = [i for i in range(total) if i < self.sink or i >= self.sink + self.gap]
+        self.kept = sum(i < self.length for i in stay)
+        new = [i - self.length for i in stay if i >= self.length]
+        self.seen, self.length = self.seen + n, len(stay)
+        return new if len(new) < n else slice(None)
 
     def put(self, layer, k, v, n_noisy):
-        """Write a layer's keys and values (B, H, new + noisy, P, E); returns those of all columns, as views."""
+        """Write a layer's keys and values (B, H, new + noisy, P, E); returns those of all columns and what describes the
+        keys, as views."""
         self.reserve(k, v, self.length + n_noisy)
-        held, sink = self.stay[:self.kept], min(self.sink, self.kept)
+        sink = min(self.sink, self.kept)
+        of_layer = [z[layer] for z in (self.k, self.v, self.descriptor)]
         if self.gap:
-            for z in (self.k, self.v):
-                z[layer][:, :, :self.kept] = z[layer][:, :, held]
+            for z in of_layer:
+                z[:, :, sink:self.kept] = z[:, :, sink + self.gap:self.kept + self.gap].clone()
             self.k[layer][:, :, :sink] = rotate(self.sink_k[layer][:, :, :sink], self.onward(self.first, k.device))
-        for z, new in ((self.k, k), (self.v, v)):
-            z[layer][:, :, self.kept:self.length + n_noisy] = new
+            self.descriptor[layer][:, :, :sink] = describe(self.k[layer][:, :, :sink])
+        for z, new in zip(of_layer, (k, v, describe(k))):
+            z[:, :, self.kept:self.length + n_noisy] = new
         if sink < self.sink:
             fresh = self.k[layer][:, :, sink:min(self.sink, self.length)]
             self.sink_k[layer][:, :, sink:sink + fresh.shape[2]] = rotate(fresh, self.onward(-self.first, k.device))
-        return (z[layer][:, :, :self.length + n_noisy] for z in (self.k, self.v))
+        return (z[:, :, :self.length + n_noisy] for z in of_layer)
 
     def words_of(self, c, text, attention):
         """A cross-attention's keys and values of the text: made once for a c, and kept while it is the same tensor."""
@@ -163,10 +166,13 @@ class Cache:
         B, H, _, P, E = k.shape
         if B != self.batch:
             raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
-        old_k, old_v, room = self.k, self.v, max(self.length, min(self.frames, self.window or self.frames))
-        self.k, self.v = (z.new_zeros(self.config.layers, B, H, room + n_noisy, P, E) for z in (k, v))
+        old = self.k, self.v, self.descriptor
+        slots = max(self.length, min(self.frames, self.window or self.frames)) + n_noisy
+        self.k, self.v, self.descriptor = (z.new_zeros(self.config.layers, B, H, slots, *z.shape[3:])
+                                           for z in (k, v, describe(k)))
         if have:
-            self.k[..., :have, :, :], self.v[..., :have, :, :] = old_k, old_v
+            for new, z in zip((self.k, self.v, self.descriptor), old):
+                new[:, :, :, :have] = z
         else:
             self.sink_k = k.new_zeros(self.config.layers, B, H, self.sink, P, E)
 
@@ -182,9 +188,10 @@ class Sight:
     @torch.compiler.disable
     def attend(self, q, k, v, top_k):
         """`routing.attend`, on the frames in the cache too, to which those of this pass are added."""
+        descriptor = None
         if self.cache is not None:
-            k, v = self.cache.put(self.layer, k, v, self.n_noisy)
-        return attend(q, k, v, self.past, self.own, top_k)
+            k, v, descriptor = self.cache.put(self.layer, k, v, self.n_noisy)
+        return attend(q, k, v, self.past, self.own, top_k, descriptor)
 
     @torch.compiler.disable
     def words(self, attention):
@@ -388,6 +395,7 @@ def load_wan(model, path):
     """Fill a CausalDiT with Wan 2.1's weights: an original .pth or .safetensors, a folder of them or of diffusers'
     (sharded or not), or a Self-Forcing checkpoint. Raises ValueError that names what is unknown, missing or misshapen."""
     path, state = Path(path), {}
+    path = path / "transformer" if (path / "transformer").is_dir() else path
     files = sorted(path.rglob("diffusion_pytorch_model*.safetensors")) if path.is_dir() else [path]
     for file in files:
         try:
@@ -395,10 +403,10 @@ def load_wan(model, path):
                 from safetensors.torch import load_file  # comes with diffusers
                 state |= load_file(file)
             else:
-                state |= torch.load(file, map_location="cpu", weights_only=True)
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+                state |= loaded.get("generator_ema", loaded.get("generator", loaded))
         except Exception as error:  # each library has classes of its own
             raise ValueError(f"{file} cannot be read as weights ({type(error).__name__}: {str(error)[:100]})") from None
-    state = state.get("generator_ema", state.get("generator", state))
     ours, theirs = model.state_dict(), {}
     for name, tensor in state.items():
         name = name.removeprefix("model.").removeprefix("diffusion_model.")

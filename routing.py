@@ -7,6 +7,7 @@ a frame sees itself, and every history frame with a smaller number.
 B videos, H heads, P tokens in a frame, E width of a head.
 """
 from functools import cache, lru_cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -30,32 +31,48 @@ def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None, window=
     return past, F.pad(own, (n_cached, 0))
 
 
-def pick(q, k, past, top_k):
+@lru_cache(maxsize=256)
+def unpack(table, shape, device):
+    """A table from its bytes, kept where it was copied to: a copy would make the host wait for the device."""
+    return torch.frombuffer(bytearray(table), dtype=torch.bool).view(shape).to(device)
+
+
+def at_hand(table, device):
+    return table if table.device == device else unpack(table.numpy().tobytes(), table.shape, device)
+
+
+def describe(k):
+    """phi(K_j) of Eq. (9): the mean key of each frame, (B, H, columns, P, E) -> (B, H, columns, E), at least fp32."""
+    return k.mean(dim=-2, dtype=torch.promote_types(k.dtype, torch.float32))
+
+
+def pick(q, k, past, top_k, descriptor=None):
     """Eq. (9): each query token of each head picks the up to top_k past frames whose mean key it agrees with most.
 
     q (B, H, rows, P, E), k (B, H, columns, P, E), past (rows, columns) -> the picked columns (B, H, rows, P, K) and,
     bool and of that shape, which of them are past at all. The scores are at least fp32; no gradient passes.
+    descriptor: what `describe` says of k, where it is known.
     """
-    past, wide = past.to(q.device), torch.promote_types(q.dtype, torch.float32)
+    past = at_hand(past, q.device)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        descriptor = k.mean(dim=-2, dtype=wide)  # phi(K_j)
-        score = einsum(q.to(wide), descriptor, "b h r p e, b h c e -> b h r p c")
+        descriptor = describe(k) if descriptor is None else descriptor
+        score = einsum(q.to(descriptor.dtype), descriptor, "b h r p e, b h c e -> b h r p c")
         score, picked = score.masked_fill_(~past[:, None], -torch.inf).topk(min(top_k, past.shape[1]), dim=-1)
         return picked, score > -torch.inf
 
 
-def route(q, k, past, top_k):
+def route(q, k, past, top_k, descriptor=None):
     """`pick` as a table: which past frames each token sees, bool (B, H, rows, P, columns). A frame itself is always seen
     and is not counted here."""
-    picked, valid = pick(q, k, past, top_k)
+    picked, valid = pick(q, k, past, top_k, descriptor)
     return valid.new_zeros(*picked.shape[:-1], past.shape[1]).scatter_(-1, picked, valid)
 
 
-def visible(q, k, past, own, top_k):
+def visible(q, k, past, own, top_k, descriptor=None):
     """Which frames each token sees: bool, (B, H, rows, P, columns) if routed, else (1, 1, rows, 1, columns)."""
     if top_k is None:
-        return (past | own).to(q.device)[None, None, :, None]
-    return route(q, k, past, top_k) | own.to(q.device)[:, None]
+        return at_hand(past | own, q.device)[None, None, :, None]
+    return route(q, k, past, top_k, descriptor) | at_hand(own, q.device)[:, None]
 
 
 def attend_masked(q, k, v, past, own, top_k=None):
@@ -66,22 +83,23 @@ def attend_masked(q, k, v, past, own, top_k=None):
     return einsum(weight, v.flatten(2, 3), "b h r p k, b h k e -> b h r p e")
 
 
-def attend(q, k, v, past, own, top_k=None):
+def attend(q, k, v, past, own, top_k=None, descriptor=None):
     """Eq. (8), the form that runs: `attend_masked`'s numbers and gradients, without its work on what is masked out.
 
     q (B, H, rows, P, E); k, v (B, H, columns, P, E); past, own from `sparse_causal_mask`, best left on the CPU;
-    top_k: Eq. (9), None for dense history -> (B, H, rows, P, E). The softmax and its sums are at least fp32.
+    top_k: Eq. (9), None for dense history; descriptor: a cache's `describe(k)` -> (B, H, rows, P, E). The softmax and its
+    sums are at least fp32.
     """
     if len(past) == 0:  # a pass that only fills the cache
         return q
     if q.is_cuda and top_k is not None:
-        return attend_picked(q, k, v, past, own, top_k)
+        return attend_picked(q, k, v, past, own, top_k, descriptor)
     if q.is_cuda and len(past) > 2:
         return attend_flex(q, k, v, past, own)
-    return attend_groups(q, k, v, past, own, top_k)
+    return attend_groups(q, k, v, past, own, top_k, descriptor)
 
 
-def attend_groups(q, k, v, past, own, top_k):
+def attend_groups(q, k, v, past, own, top_k, descriptor):
     """`attend` on a CPU, and for the one or two frames of a rollout's pass: a call for each group of frames that see
     nearly the same, on no more than what they see."""
     table, P, seen, out = (past | own).cpu(), q.shape[3], None, []
@@ -89,7 +107,7 @@ def attend_groups(q, k, v, past, own, top_k):
     for rows, columns, alike in groups:
         mask = None
         if top_k is not None or not alike:
-            seen = visible(q, k, past, own, top_k) if seen is None else seen
+            seen = visible(q, k, past, own, top_k, descriptor) if seen is None else seen
             mask = seen[:, :, rows][..., columns]
             mask = mask[..., None].expand(*mask.shape[:3], P, -1, P).flatten(2, 3).flatten(3)
         part = F.scaled_dot_product_attention(take(q, rows), take(k, columns), take(v, columns), mask)
@@ -104,7 +122,7 @@ def plan_groups(table, shape, tokens, device, target=32):
     rows: frames that see nearly as many others, about `target` tokens of each of the two sequences, or one frame where
     there are but two; columns: those that some of them see; alike: all see all of these; order: puts the rows back.
     """
-    seen, groups = torch.frombuffer(bytearray(table), dtype=torch.bool).view(shape), []
+    seen, groups = unpack(table, shape, "cpu"), []
     by_reach = seen.sum(1).argsort(stable=True).split(1 if len(seen) <= 2 else 2 * max(1, target // tokens))
     for rows in by_reach:
         columns = seen[rows].any(0).nonzero()[:, 0]
@@ -135,8 +153,9 @@ def closed_form(n_cached, n_history, first, window):
     """`sparse_causal_mask` without a table: a function that tells whether a row sees a column."""
     def sees(row, column):
         itself = n_cached + row
-        end = torch.where(row < n_history, itself, first + row - n_history)
-        return (column == itself) | (column < end) & (column >= end - window)
+        number = torch.where(row < n_history, itself, first + row - n_history)
+        past = (column < number) & (column < n_cached + n_history) & (column >= number - window)
+        return past | (column == itself)
     return sees
 
 
@@ -144,19 +163,21 @@ def read_table(table):
     """The numbers of `closed_form` that make a table of who sees whom (itself included). Raises ValueError if none do."""
     (rows, columns), row, column = table.shape, torch.arange(len(table))[:, None], torch.arange(table.shape[1])
     past = table & (column != columns - rows + row)
-    end = (past * (column + 1)).amax(1)
-    n_history = (end == columns - rows + row[:, 0]).long().cumprod(0).sum()
-    first = end[n_history] if n_history < rows else torch.tensor(0)
-    numbers = torch.stack([torch.tensor(columns - rows), n_history, first, past.sum(1).amax()])
-    if not torch.equal(closed_form(*numbers)(row, column), table):
-        raise ValueError("FlexAttention was given a table of frames that `sparse_causal_mask` does not make")
-    return numbers
+    end, count = (past * (column + 1)).amax(1), past.sum(1)
+    for window, n_history in product((rows + columns, count.max().item(), *range(1, rows + columns)), range(rows)):
+        for first in (end[n_history].item(), (end - count)[n_history].item() + window, columns + window):
+            numbers = torch.tensor([columns - rows, n_history, first, window])
+            if torch.equal(closed_form(*numbers)(row, column), table):
+                return numbers
+    raise ValueError("FlexAttention was given a table of frames that `sparse_causal_mask` does not make")
 
 
 @cache
 def flex():
-    """FlexAttention, compiled when first used."""
-    return torch.compile(flex_attention)
+    """FlexAttention, compiled when first used, once for each kind of pass; past torch's limit it fails, since uncompiled it
+    would make every score."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @lru_cache(maxsize=64)
@@ -164,7 +185,7 @@ def dense_blocks(table, shape, P, device, size=128):
     """FlexAttention's block mask for a table (its bytes) of which row sees which column, made from the counts of frame
     pairs in each block: nothing here has more entries than there are blocks, and each pair of tokens is judged by
     `closed_form`."""
-    seen = torch.frombuffer(bytearray(table), dtype=torch.bool).view(shape)
+    seen = unpack(table, shape, "cpu")
     sees = closed_form(*read_table(seen).to(device))
     below = F.pad(seen.int().cumsum(0).cumsum(1), (1, 0, 1, 0))  # how many pairs are seen above and left of a corner
     (r0, r1, whole_rows), (c0, c1, whole_columns) = (frames_of_blocks(n, P, size) for n in seen.shape)
@@ -183,23 +204,61 @@ def frames_of_blocks(frames, P, size):
     return start // P, (end.clamp(max=frames * P) - 1) // P + 1, end <= frames * P
 
 
-def attend_picked(q, k, v, past, own, top_k):
+def attend_picked(q, k, v, past, own, top_k, descriptor=None):
     """`attend` where history is routed, on CUDA, at the cost of the picked frames alone.
 
-    Each token goes, once for its own frame and once for every frame it picked, into a queue sorted by frame; the queue
-    attends, each entry to its one frame; a token's parts are merged by their log-sum-exp, which carries gradient.
+    Each token stands in one queue for its own frame, and in one for each frame it picked (`Queues`).
     """
-    picked, valid = pick(q, k, past, top_k)
-    itself = own.int().argmax(1).to(q.device)[:, None, None].expand(*picked.shape[:-1], 1)
-    picked, valid = torch.cat([itself, picked], dim=-1).flatten(2), F.pad(valid, (1, 0), value=True)
-    frame, order = picked.sort(dim=-1, stable=True)
-    token = order // valid.shape[-1]
-    entries = token[..., None].expand(*token.shape, q.shape[-1])
-    out, lse = attend_one_frame(q.flatten(2, 3).gather(2, entries), k.flatten(2, 3), v.flatten(2, 3), frame, q.shape[3])
-    lse = lse.masked_fill(~valid.flatten(2).gather(-1, order), -torch.inf)  # fewer past frames than top_k
-    total = torch.empty_like(lse).scatter(-1, order, lse).unflatten(-1, (-1, valid.shape[-1])).logsumexp(-1)
-    part = out * (lse - total.gather(-1, token)).exp()[..., None]
-    return part.new_zeros(q.flatten(2, 3).shape).scatter_add(2, entries, part).to(q.dtype).view_as(q)
+    picked, valid = pick(q, k, past, top_k, descriptor)
+    itself = at_hand(own, q.device).int().argmax(1)[:, None, None].expand(*picked.shape[:-1], 1)
+    frames, valid = torch.cat([itself, picked], dim=-1), F.pad(valid, (1, 0), value=True)
+    return Queues.apply(*(z.flatten(2, 3) for z in (q, k, v, frames, valid)), q.shape[3]).view_as(q)
+
+
+class Queues(torch.autograd.Function):
+    """One softmax over several frames, a frame at a time: queries (B, H, Q, E), keys and values (B, H, S, E), the frames
+    (B, H, Q, K) that each query sees, and which of them count.
+
+    The parts are merged by their log-sum-exp. Backward makes each part again, so that no copy of the queries is kept,
+    and knows the merged softmax: of a part with weight w, its own output's gradient is w g, its log-sum-exp's
+    w g · (its output - the merged output).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, frames, valid, P):
+        lse = torch.full(q.shape[:-1], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        out = lse.new_zeros(q.shape)
+        for frame, counts in zip(frames.unbind(-1), valid.unbind(-1)):
+            part, part_lse = queue(q, k, v, frame, counts, P)
+            total = torch.logaddexp(lse, part_lse)
+            out = torch.lerp(out, part.to(out.dtype), (part_lse - total).exp()[..., None])
+            lse = total
+        out, ctx.P = out.to(q.dtype), P
+        ctx.save_for_backward(q, k, v, frames, valid, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        *inputs, frames, valid, out, lse = ctx.saved_tensors
+        g, grads = g.to(lse.dtype), [torch.zeros_like(z, dtype=lse.dtype) for z in inputs]
+        for frame, counts in zip(frames.unbind(-1), valid.unbind(-1)):
+            leaves = [z.detach().requires_grad_() for z in inputs]
+            with torch.enable_grad():
+                part, part_lse = queue(*leaves, frame, counts, ctx.P)
+            g_part = g * (part_lse.detach() - lse).exp()[..., None]
+            g_lse = (g_part * (part.detach() - out)).sum(-1)
+            for total, grad in zip(grads, torch.autograd.grad((part, part_lse), leaves, (g_part.to(part.dtype), g_lse))):
+                total += grad
+        return *(grad.to(z.dtype) for grad, z in zip(grads, inputs)), None, None, None
+
+
+def queue(q, k, v, frame, counts, P):
+    """Each query's attention to the frame it waits for: (out (B, H, Q, E), log-sum-exp (B, H, Q), -inf where it does not
+    count). The queries are sorted by frame, and back."""
+    frame, order = frame.sort(dim=-1, stable=True)
+    out, lse = attend_one_frame(q.gather(2, order[..., None].expand_as(q)), k, v, frame, P)
+    back = order.argsort(dim=-1)
+    return out.gather(2, back[..., None].expand_as(q)), lse.gather(-1, back).masked_fill(~counts, -torch.inf)
 
 
 def attend_one_frame(q, k, v, frame, P):

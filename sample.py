@@ -29,8 +29,8 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import routing
-from data import (Parser, Sprites, Wan, Words, Writer, draw_table, enlarge, film, fold, latest_run, measure, number,
-                  read_video, ruler_table, save_picture, to_bytes, unfold, write)
+from data import (Parser, Sprites, Wan, Words, Writer, device_name, draw_table, enlarge, film, fold, latest_run,
+                  measure, number, read_video, ruler_table, save_picture, to_bytes, unfold, write)
 from model import load_checkpoint
 from rf import Guided, rollout
 from routing import pick
@@ -57,7 +57,7 @@ def parse(argv):
     add("--sink", 0, "how many of these are the first frames of all", type=natural)
     add("--samples", 1, "videos per prompt", type=positive)
     add("--seed", 0, "of the noise", type=natural)
-    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", type=device_name)
     add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
     add("--videos", 64, "how many, for --eval", type=positive)
@@ -78,11 +78,17 @@ def settle(args, model):
     if args.frames % chunk:
         raise ValueError(f"--frames {args.frames} is not divisible by the chunk, {chunk}; "
                          f"{-(-args.frames // chunk) * chunk} would work")
+    measured = args.eval or bool(args.compare)
+    if measured and args.frames < 3 * chunk:
+        raise ValueError(f"--frames {args.frames}: two of {chunk} are given, so that {3 * chunk} or more can be measured")
+    if measured and (args.prompts or args.given or args.then or args.routing):
+        raise ValueError("--eval and --compare continue held-out clips by their own captions; leave out prompts, --given, --then "
+                         "and --routing")
     if args.window and args.sink >= args.window:
         raise ValueError(f"--sink {args.sink} leaves no room in --window {args.window}; it must be smaller")
     if args.routing and model.config.top_k is None:
         raise ValueError("--routing needs a model that routes: train one with --top-k, for instance --top-k 5")
-    if not pixels and not args.wan and not args.eval:
+    if not pixels and not args.wan and not measured:
         raise ValueError("this model makes latents: --wan PATH names the VAE and the text encoder that they belong to")
     if pixels and args.wan:
         raise ValueError("--wan: this model makes pixels itself, and needs no VAE")

@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 import rf
 import sample
-from data import Parser, Sprites, fold, latest_run, number, open_data, pixels
+from data import Parser, Sprites, device_name, fold, latest_run, number, open_data, pixels
 from model import PRESETS, CausalDiT, load_wan, read_checkpoint
 from rf import HISTORY, flow_matching_loss
-from sample import compare, extend
+from sample import compare, extend, timed
 
 
 PAPER = dict(frames=21, size=(480, 832), warmup=10_000, steps=25_000, batch=64, lr=5e-5, decay="constant", ema=0.999,
@@ -50,7 +50,8 @@ def parse(argv):
     add = parser.add
     add("--data", "sprites", 'what to learn: "sprites", a folder of videos, or one of latents (.npz)')
     add("--out", None, "the run's folder (default: a new numbered one under runs/)", type=Path)
-    add("--frames", 10, "length of a training clip, in frames (latent frames, for latents)", type=positive)
+    add("--frames", None, "length of a training clip, in frames (latent frames, for latents; default: 10, or more for whole "
+        "chunks; the paper's, with a preset of its size)", type=positive)
     add("--size", 16, "height and width in pixels, or HEIGHTxWIDTH", type=pixels)
     add("--chunk", None, "latent frames in a frame, the autoregressive unit (default: the preset's; the paper: 3)", type=positive)
     add("--fps", 0.0, "read videos at this rate; 0: each at its own", type=amount)
@@ -94,7 +95,7 @@ def parse(argv):
     add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--recompute", False, "run each block again in backward instead of keeping what it made: less memory", action="store_true")
     add("--fsdp", False, "with torchrun: weights, gradients and moments spread over the processes", action="store_true")
-    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", type=device_name)
     add("--dry-run", False, "say what a run would cost, and do nothing", action="store_true")
     add("--gpus", 1, "for --dry-run: how many devices share the batch", type=positive)
     add("--gpu-memory", 141.0, "for --dry-run: GiB on each", type=plus)
@@ -109,6 +110,9 @@ def parse(argv):
         saved = read_checkpoint(args.out)["args"]
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "device", "init", "words", "fsdp")})
         args = parser.parse_args(argv + ["--out", str(args.out)])
+    if args.frames is None:
+        chunk = args.chunk or PRESETS[args.preset].chunk
+        args.frames = max(2, -(-10 // chunk)) * chunk
     args.precision = args.precision or ("bf16" if "cuda" in str(args.device) else "fp32")
     return args
 
@@ -136,8 +140,6 @@ def streams(seed, indices, device):
 def launch(args):
     """(rank, number of processes, device); joins the group if torchrun started this process."""
     device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}, but torch sees no CUDA device here; leave it out, or give cpu")
     if "RANK" not in os.environ:
         if args.fsdp and not args.dry_run:
             raise ValueError("--fsdp spreads a network over processes: start it with torchrun --nproc-per-node N train.py --fsdp")
@@ -209,6 +211,8 @@ def build(args, config, device):
     """(network, its average, optimizer, first step): new ones, with the weights of --init, or all of --resume."""
     torch.manual_seed(args.seed)
     net, state = CausalDiT(config).to(device), read_checkpoint(args.out) if args.resume else None
+    if args.resume and state["step"] > args.steps:
+        raise ValueError(f"--steps {args.steps}: the run in {args.out} is already at step {state['step']}; more would go on")
     if args.resume:
         fit_weights(net, state, "model", args.out)
     elif args.init and args.preset in RECIPES and not (args.init / "ckpt.pt").is_file() and args.init.name != "ckpt.pt":
@@ -224,11 +228,7 @@ def build(args, config, device):
         shard(ema)
     optimizer = make_optimizer(net, args.lr)
     if args.resume:
-        try:
-            set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
-        except KeyError:
-            raise ValueError(f"the optimizer's states in {args.out} have no names, as in older versions: start a new run "
-                             f"from its weights with --init {args.out}") from None
+        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
     return net, ema, optimizer, state["step"] if args.resume else 0
 
 
@@ -408,22 +408,20 @@ def main(argv):
     if rank == 0:
         announce(args, config, data, start, world, device)
 
-    told, step = [], start
+    told, waits, step = [], [], start
     before = {sign: signal.signal(sign, lambda *_: told.append(1)) for sign in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(batches(data, start, rank, world, args, device), total=args.steps, initial=start, disable=rank > 0,
-               dynamic_ncols=True)
-    end = clock(device)
+    bar = tqdm(timed(batches(data, start, rank, world, args, device), waits), total=args.steps, initial=start,
+               disable=rank > 0, dynamic_ncols=True)
     for step, batch in enumerate(bar, start):
         begin, method = clock(device), history_at(step, args)
-        waited = begin - end
         loss, seconds = gradients(model, net, batch, method, args)
         loss, stop = agree(loss, bool(told), device, world)
         norm = update(net, ema, optimizer, loss, step, args)
-        step, end = step + 1, clock(device)
+        step, taken = step + 1, clock(device) - begin
         if rank == 0:
             log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm, "history": method.__name__,
-                 "seconds": end - begin, "history_seconds": seconds, "data_seconds": waited})
-            bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / (end - begin):.0%} of the time")
+                 "seconds": taken, "history_seconds": seconds, "data_seconds": waits.pop()})
+            bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / taken:.0%} of the time")
         if step % args.sample_every == 0 or step == args.steps:
             one = whole(ema)
             if rank == 0:
@@ -431,7 +429,6 @@ def main(argv):
                     log({"step": step} | look(one, data, args, device, step))
         if step % args.save_every == 0 or step == args.steps or stop:
             save(net, ema, optimizer, step, args, rank)
-        end = clock(device)
         if stop:
             break
     bar.close()
@@ -449,19 +446,30 @@ def main(argv):
         dist.destroy_process_group()
 
 
+def claimed(folder):
+    """Whether the folder is new, and ours alone."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
 def open_out(args, start, rank, world):
     """The run's folder, made, never one that holds another run; and a function that appends to its log."""
-    if args.out is None:
-        args.out = next(path for i in count(1) if not (path := Path(f"runs/{i:03d}")).exists())
     if rank == 0:
+        if args.out is None:
+            args.out = next(path for i in count(1) if claimed(path := Path(f"runs/{i:03d}")))
         if not args.resume and (args.out.is_file() or any(args.out.glob("*.json*"))):
             raise ValueError(f"--out {args.out} already holds another run; add --resume to go on with it, or name a new "
                              "folder")
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "config.json").write_text(json.dumps(plain(args), indent=1) + "\n")
         path = args.out / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]  # a full disk cuts the last
+        path.with_suffix(".part").write_text("".join(line + "\n" for line in whole))
+        path.with_suffix(".part").replace(path)
+        (args.out / "config.json").write_text(json.dumps(plain(args), indent=1) + "\n")
     if world > 1:
         named = [args.out]
         dist.broadcast_object_list(named)
@@ -579,16 +587,17 @@ def finish(ema, data, args, device):
 
 
 def speeds(args, config, device):
-    """Median times of the run's steps, by kind, from its log, and how they compare with `plan`. What a redrawn history
-    costs is told from the same steps without it: they are then teacher-forcing steps, taken in the same minutes."""
+    """Median times of the run's steps, by kind, from its log, and how far off `plan` was. What a redrawn history costs is
+    told from the same steps without it: they are then teacher-forcing steps, taken in the same minutes."""
     steps = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
     steps, kinds = [step for step in steps if "loss" in step], []
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, teacher, resample, parts = plan(args, config, args.words[1] if args.words else 512, world)
     for name in sorted({s["history"] for s in steps}, reverse=True):
         seconds, history = np.array([(s["seconds"], s["history_seconds"]) for s in steps if s["history"] == name]).T
+        planned = f", planned {resample / teacher:.2f} x" if name == "resample_history" else ""
         kinds.append(f"{name} {1000 * np.median(seconds):.0f} ms" + (
-            "" if name == "teacher_history" else f" ({np.median(seconds / (seconds - history)):.2f} x one without it)"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    _, teacher, _, parts = plan(args, config, args.words[1] if args.words else 512, world)
+            "" if name == "teacher_history" else f" ({np.median(seconds / (seconds - history)):.2f} x one without it{planned})"))
     bare = np.median([s["seconds"] - s["history_seconds"] for s in steps])
     rate = f"without its history a step runs at {teacher / bare / world / 1e12:.3f} TFLOPS on each device"
     if device.type == "cuda":
