@@ -387,15 +387,15 @@ def hides(where, others, size, radius, wall):
 
 
 def ruler_table(scores):
-    """A table of `measure`'s scores (B, T, 3) as text, per third of the video as the paper's Table 1: mean ± standard
-    error over the videos."""
+    """A table of `measure`'s scores (B, T, 3) as text, per third of the video as the paper's Table 1: the mean over its
+    frames of the mean over videos ± standard error over the videos."""
     lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in ("Temporal", "Visual", "Text"))]
     edges = [round(third * scores.shape[1] / 3) for third in range(4)]
     for start, end in [*zip(edges, edges[1:]), (0, edges[-1])]:
-        z = scores[:, start:end].nanmean(dim=1)
+        mean, z = scores[:, start:end].nanmean(dim=0).nanmean(dim=0), scores[:, start:end].nanmean(dim=1)
         n = (~z.isnan()).sum(0).clamp(min=1)
         spread = ((z - z.nanmean(0)).square().nansum(0) / (n - 1) / n).sqrt()
-        lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(f"{z.nanmean(0)[i]:8.2f} ± {spread[i]:5.2f}" for i in (1, 0, 2)))
+        lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(f"{mean[i]:8.2f} ± {spread[i]:5.2f}" for i in (1, 0, 2)))
     return "\n".join(lines)
 
 

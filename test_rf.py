@@ -1053,7 +1053,9 @@ def test_evaluations_are_written_compared_and_gathered(trained, tmp_path, capsys
     assert iio.imread(tmp_path / "both.gif").shape[0] == 9 and (tmp_path / "both.png").exists()
     assert np.array(json.loads((tmp_path / "toy-1/samples/eval.json").read_text())["frames"]).shape == (9, 3)
     sample.main(["--table", *runs])
-    assert re.search(r"toy, 2 seeds\n.*\n +0-2 .*± +0.00", capsys.readouterr().out), "the same weights, so no spread"
+    table = capsys.readouterr().out
+    assert re.search(r"toy, 2 seeds\n.*\n +0-2 .*± +0.00", table), "the same weights, so no spread"
+    assert re.findall(r"(\S+) ±", table) == re.findall(r"(\S+) ±", out)[:12], "and the numbers that --eval printed"
     sample.main(["--eval", "--true-history", "--checkpoint", runs[0], *flags])
     assert "on true history" in capsys.readouterr().out
     sample.main(["--true-history", "--table", runs[0]])
