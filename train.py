@@ -466,8 +466,8 @@ def open_out(args, start, rank, world):
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]  # a full disk cuts the last
-        path.with_suffix(".part").write_text("".join(line + "\n" for line in whole))
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]  # a full disk cuts the last
+        path.with_suffix(".part").write_text("".join(line + "\n" for line in kept))
         path.with_suffix(".part").replace(path)
         (args.out / "config.json").write_text(json.dumps(plain(args), indent=1) + "\n")
     if world > 1:
