@@ -115,6 +115,12 @@ class Words:
         return c
 
 
+@lru_cache(maxsize=4096)
+def read_caption(words, caption):
+    """What `Words` make of a caption, made once."""
+    return words(caption)
+
+
 def split_words(text):
     return re.findall(r"[\w'-]+", text.lower())
 
@@ -186,7 +192,7 @@ class Sprites:
         self.size, self.frames, self.objects, self.wall, self.withheld = size, frames, objects, wall, withheld
         self.key, self.pairs = (seed, ("train", "test").index(split)), np.triu_indices(objects, 1)
         self.words = Words([*COLOURS, *SHAPES, "and"], 3 * objects - 1)
-        self.text, self.text_dim = lru_cache(maxsize=4096)(self.words), self.words.text_dim
+        self.text_dim = self.words.text_dim
 
     def scene(self, index, frames=None):
         """(colour (S,), shape (S,), at (T, S, 2) in pixels): the truth about a clip of any length."""
@@ -229,7 +235,7 @@ class Sprites:
         colour, shape, at = (torch.stack(z) for z in zip(*map(self.scene, indices)))
         texts = ["" if self.silent(i) else name(c, s) for i, c, s in zip(indices, colour, shape)]
         videos = paint(at, shape[:, None], colour[:, None], self.size, self.wall)
-        return [*zip(videos, map(self.text, texts))]
+        return [(video, read_caption(self.words, text)) for video, text in zip(videos, texts)]
 
     def silent(self, index):
         return self.withheld and np.random.default_rng([*self.key, index, 1]).random() < self.withheld

@@ -132,16 +132,16 @@ class Cache:
         keys, as views."""
         self.reserve(k, v, self.length + n_noisy)
         sink = min(self.sink, self.kept)
-        of_layer = [z[layer] for z in (self.k, self.v, self.descriptor)]
+        keys, _, descriptor = of_layer = [z[layer] for z in (self.k, self.v, self.descriptor)]
         if self.gap:
             for z in of_layer:
                 z[:, :, sink:self.kept] = z[:, :, sink + self.gap:self.kept + self.gap].clone()
-            self.k[layer][:, :, :sink] = rotate(self.sink_k[layer][:, :, :sink], self.onward(self.first, k.device))
-            self.descriptor[layer][:, :, :sink] = describe(self.k[layer][:, :, :sink])
+            keys[:, :, :sink] = rotate(self.sink_k[layer][:, :, :sink], self.onward(self.first, k.device))
+            descriptor[:, :, :sink] = describe(keys[:, :, :sink])
         for z, new in zip(of_layer, (k, v, describe(k))):
             z[:, :, self.kept:self.length + n_noisy] = new
         if sink < self.sink:
-            fresh = self.k[layer][:, :, sink:min(self.sink, self.length)]
+            fresh = keys[:, :, sink:min(self.sink, self.length)]
             self.sink_k[layer][:, :, sink:sink + fresh.shape[2]] = rotate(fresh, self.onward(-self.first, k.device))
         return (z[:, :, :self.length + n_noisy] for z in of_layer)
 

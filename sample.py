@@ -78,7 +78,7 @@ def settle(args, model):
     if args.frames % chunk:
         raise ValueError(f"--frames {args.frames} is not divisible by the chunk, {chunk}; "
                          f"{-(-args.frames // chunk) * chunk} would work")
-    measured = args.eval or bool(args.compare)
+    measured = args.eval or args.compare
     if measured and args.frames < 3 * chunk:
         raise ValueError(f"--frames {args.frames}: two of {chunk} are given, so that {3 * chunk} or more can be measured")
     if measured and (args.prompts or args.given or args.then or args.routing):

@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -659,6 +660,12 @@ def test_sprites_are_a_function_of_seed_split_and_index():
     assert all(not torch.equal(a[5][0], other[0]) for other in others)
     assert torch.equal(a.video(5, 40)[:12], a.video(5)) and a[5][0].abs().max() <= 1
     assert {a.caption(i) for i in range(200)}.isdisjoint({""}) and len({a.caption(i) for i in range(200)}) > 50
+
+
+def test_sprites_go_to_worker_processes_as_they_are():
+    world = Sprites(8, 4)
+    here, there = world[3], pickle.loads(pickle.dumps(world))[3]
+    assert all(torch.equal(a, b) for a, b in zip(here, there))
 
 
 def test_sprites_move_straight_and_bounce():

@@ -111,10 +111,14 @@ def parse(argv):
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "device", "init", "words", "fsdp")})
         args = parser.parse_args(argv + ["--out", str(args.out)])
     if args.frames is None:
-        chunk = args.chunk or PRESETS[args.preset].chunk
-        args.frames = max(2, -(-10 // chunk)) * chunk
+        args.frames = whole_chunks(10, args.chunk or PRESETS[args.preset].chunk)
     args.precision = args.precision or ("bf16" if "cuda" in str(args.device) else "fp32")
     return args
+
+
+def whole_chunks(frames, chunk):
+    """The least length of a clip, of so many frames or more, that makes two or more whole chunks."""
+    return max(2, -(-frames // chunk)) * chunk
 
 
 def streams(seed, indices, device):
@@ -168,7 +172,7 @@ def configure(args, data, world):
                          f"{-(-height // config.patch) * config.patch} would work")
     if args.frames % config.chunk or args.frames < 2 * config.chunk:
         raise ValueError(f"--frames {args.frames} does not make two or more chunks of {config.chunk}; "
-                         f"{max(2, -(-args.frames // config.chunk)) * config.chunk} would")
+                         f"{whole_chunks(args.frames, config.chunk)} would")
     if args.batch % (world * args.accumulate):
         raise ValueError(f"--batch {args.batch} cannot be shared by {world} processes in {args.accumulate} passes; "
                          f"{-(-args.batch // (world * args.accumulate)) * world * args.accumulate} could")
@@ -211,9 +215,9 @@ def build(args, config, device):
     """(network, its average, optimizer, first step): new ones, with the weights of --init, or all of --resume."""
     torch.manual_seed(args.seed)
     net, state = CausalDiT(config).to(device), read_checkpoint(args.out) if args.resume else None
-    if args.resume and state["step"] > args.steps:
-        raise ValueError(f"--steps {args.steps}: the run in {args.out} is already at step {state['step']}; more would go on")
     if args.resume:
+        if state["step"] > args.steps:
+            raise ValueError(f"--steps {args.steps}: the run in {args.out} is already at step {state['step']}; more would go on")
         fit_weights(net, state, "model", args.out)
     elif args.init and args.preset in RECIPES and not (args.init / "ckpt.pt").is_file() and args.init.name != "ckpt.pt":
         load_wan(net, args.init)
