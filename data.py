@@ -25,7 +25,6 @@ from einops import rearrange
 from PIL import Image, ImageDraw  # comes with imageio
 from tqdm import tqdm
 
-
 class Parser(argparse.ArgumentParser):
     """Teaches in --help, and says what is wrong in one line."""
 
@@ -48,7 +47,6 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
 
-
 def number(kind, low, high=float("inf"), above=False):
     """An argparse type: a number in [low, high], or above low."""
     def read(text):
@@ -62,14 +60,12 @@ def number(kind, low, high=float("inf"), above=False):
         return value
     return read
 
-
 def pixels(text):
     """An argparse type: 64 -> 64, for squares; 480x832 -> (480, 832), height and width."""
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not found or 0 in map(int, filter(None, found.groups())):
         raise argparse.ArgumentTypeError(f"got {text}, wanted pixels: one number for squares, or HEIGHTxWIDTH such as 480x832")
     return (int(found[1]), int(found[2])) if found[2] else int(found[1])
-
 
 def device_name(text):
     """An argparse type: cpu, cuda or cuda:N, where there is one."""
@@ -78,17 +74,14 @@ def device_name(text):
         raise argparse.ArgumentTypeError(f"got {text}, wanted cpu" + ", or cuda, or cuda:N" * torch.cuda.is_available())
     return text
 
-
 def latest_run():
     found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ValueError("there is no checkpoint under runs/; train one, or name a run: train.py --out, sample.py --checkpoint")
     return found[-1].parent
 
-
 def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
-
 
 class Words:
     """Text without a text encoder: one row per word, the word beside its successor, so that "red circle" binds the
@@ -114,16 +107,13 @@ class Words:
                 c[row, len(self.vocabulary) + self.vocabulary.index(words[row + 1])] = 1
         return c
 
-
 @lru_cache(maxsize=4096)
 def read_caption(words, caption):
     """What `Words` make of a caption, made once."""
     return words(caption)
 
-
 def split_words(text):
     return re.findall(r"[\w'-]+", text.lower())
-
 
 BACKGROUND, WALL = torch.tensor([0.08, 0.08, 0.12]) * 2 - 1, torch.tensor([0.45, 0.45, 0.48]) * 2 - 1
 COLOURS = {"red": (0.95, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.35, 1.0), "yellow": (1.0, 0.9, 0.1),
@@ -137,11 +127,9 @@ SHAPES = {  # signed distance to the edge, in radii, at (x, y) radii from the ce
 SPEED, WALL_HALF = (0.025, 0.06), 0.2  # canvas sizes: per frame, and from the wall's middle to its edges
 TRIES, HORIZON = 16, 48  # of so many scenes the one is shown whose sprites overlap least in so many frames
 
-
 def radius_of(size, wall):
     """Sprites are smaller where there is a wall, so that it can hide them whole."""
     return size * (0.15 if wall else 0.19)
-
 
 def coverage(at, shape, size, radius):
     """How much of each pixel a sprite covers: centres (..., 2) in pixels, shape (...) index -> (..., size, size) in
@@ -153,11 +141,9 @@ def coverage(at, shape, size, radius):
     index = shape.long().expand(at.shape[:-1])[..., None, None, None].expand(*at.shape[:-1], 1, size, size)
     return (0.5 - radius * distance.gather(-3, index).squeeze(-3)).clamp(0, 1)
 
-
 def wall_columns(size):
     """Which columns of pixels the wall hides, two fifths of them."""
     return (torch.arange(size) + 0.5 - size / 2).abs() < WALL_HALF * size
-
 
 def paint(at, shape, colour, size, wall=False, shown=None):
     """Sprites at (..., S, 2), shape and colour (..., S) or (S,), the first in front -> (..., 3, size, size) in [-1, 1]."""
@@ -171,19 +157,16 @@ def paint(at, shape, colour, size, wall=False, shown=None):
         picture = picture + alpha * (PALETTE[colour[..., s]][..., None, None] - picture)
     return torch.where(wall_columns(size), WALL[:, None, None], picture) if wall else picture
 
-
 def reflect(at, low, high):
     """Fold positions on a line into [low, high], as elastic bounces do."""
     away, period = at - low, 2 * (high - low)
     return high - abs(away - period * np.floor(away / period) - (high - low))  # several times faster than %
 
-
 class Sprites:
     """Coloured shapes that glide in straight lines, bounce off the edges and seldom meet, drawn from (seed, split,
     index) alone.
 
-    "train" and "test" share no index: each has a stream of its own. withheld: share of clips without their caption.
-    """
+    "train" and "test" share no index: each has a stream of its own. withheld: share of clips without their caption."""
     channels, fps = 3, 8
 
     def __init__(self, size=16, frames=12, seed=0, split="train", objects=2, wall=False, withheld=0.0):
@@ -240,20 +223,16 @@ class Sprites:
     def silent(self, index):
         return self.withheld and np.random.default_rng([*self.key, index, 1]).random() < self.withheld
 
-
 def name(colour, shape):
     return " and ".join(f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in zip(colour.tolist(), shape.tolist()))
 
-
 def measure(video, captions, wall=False):
     """How right are videos of the sprite world? (B, T, 3, size, size) in [-1, 1] and B captions -> (B, T, 3), 0 to 100.
-
     Visual: how near the picture is to the nearest legal one, 100 (1 - distance / that of an empty picture).
     Temporal: does each sprite go straight on, with legal bounces and speed? 100 exp(-(its distance from where it should
     be / 6 % of the canvas)²), less for a wrong speed; 0 for a missing sprite, none for a hidden one; nan where nothing
     can be said, as in the first two frames.
-    Text: the share of the named sprites that are there and of those there that are named; half for the wrong shape.
-    """
+    Text: the share of the named sprites that are there and of those there that are named; half for the wrong shape."""
     B, T, _, size, _ = video.shape
     named = [parse_caption(caption) for caption in captions]
     S = max([1, *map(len, named)])
@@ -263,20 +242,16 @@ def measure(video, captions, wall=False):
     judged = [judge(*z, size, wall) for z in zip(at.numpy(), shape.numpy(), colour.numpy(), clear.numpy(), named)]
     return torch.cat([visual[..., None], torch.tensor(np.array(judged), dtype=torch.float32)], dim=-1)
 
-
 def parse_caption(caption):
     """{colour: shape} by index, of a caption such as "red circle and blue square"."""
     pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption.lower())
     return {list(COLOURS).index(c): list(SHAPES).index(s) for c, s in pairs}
 
-
 def fit_sprites(picture, S, wall):
     """The legal rendering of up to S sprites that is nearest to each picture (F, 3, size, size).
-
     Returns at (F, S, 2), shape (F, S), colour (F, S), clear (F, S): how much of the sprite can be seen, 0 if it is not
     there; error (F,): squared distance over that of an empty picture to a full one. Greedy matching of every colour,
-    shape and pixel, front to back, then a descent on the positions for both orders of the two largest.
-    """
+    shape and pixel, front to back, then a descent on the positions for both orders of the two largest."""
     size, radius = picture.shape[-1], radius_of(picture.shape[-1], wall)
     half = int(radius * 1.3) + 2
     kernel = coverage(torch.full((len(SHAPES), 2), half + 0.5), torch.arange(len(SHAPES)), 2 * half + 1, radius)[:, None]
@@ -313,12 +288,9 @@ def fit_sprites(picture, S, wall):
     error = error / (energy.mean() * kernel.square().sum((1, 2, 3)).mean() * (S - 1))
     return at, shape, colour, clear, error if wall else torch.where(there.any(1), error, error.clamp(min=1))
 
-
 def descend(picture, at, shape, colour, there, wall):
     """Try every shape for each sprite, then move it to the best of its neighbours by ever smaller steps.
-
-    Returns (at, shape, squared error), made anew.
-    """
+    Returns (at, shape, squared error), made anew."""
     size, moves = picture.shape[-1], torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))
     for step, forms in ((0.5, len(SHAPES)), (0.25, 1), (0.125, 1), (0.0625, 1), (0.03125, 1)):
         for s in there.any(0).nonzero()[:, 0].tolist():
@@ -334,7 +306,6 @@ def descend(picture, at, shape, colour, there, wall):
     error = (paint(at, shape, colour, size, wall, there.float()) - picture).square().sum((1, 2, 3))
     return at, shape, error
 
-
 def visible_share(at, shape, there, size, wall):
     """The share of each sprite (F, S) that neither the wall nor those before it hide; 0 for those not there."""
     cover = coverage(at, shape, size, radius_of(size, wall)) * there[..., None, None]
@@ -342,7 +313,6 @@ def visible_share(at, shape, there, size, wall):
     if wall:
         through = through * ~wall_columns(size)
     return (cover * through).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
-
 
 def judge(at, shape, colour, clear, named, size, wall):
     """Temporal and Text of one video, (T, 2), from its fitted sprites: at (T, S, 2), shape, colour, clear (T, S)."""
@@ -364,7 +334,6 @@ def judge(at, shape, colour, clear, named, size, wall):
             tracks[c] = (*tracks.get(c, ())[-1:], (t, at[t, s]))
     return scores
 
-
 def forecast(track, t, size, radius):
     """Where a sprite seen at (t0, p0), (t1, p1) is due at t, per axis: it went straight, or just bounced off the low or
     the high edge. Returns (positions, velocities), (3, 2) each, inf where no legal sprite is that fast."""
@@ -376,7 +345,6 @@ def forecast(track, t, size, radius):
     due = np.where(np.abs(v) > 1.2 * SPEED[1] * size, np.inf, reflect(p1 + v * (t - t1), low, high))
     return due, v
 
-
 def straightness(at, due, v, size):
     """1 where a sprite is where it was due and legally fast, 0 far from it; nan if nothing was due."""
     off = np.abs(at - due)
@@ -385,12 +353,10 @@ def straightness(at, due, v, size):
     wrong_speed = max(0, SPEED[0] * size - speed, speed - SPEED[1] * size)
     return np.exp(-(np.linalg.norm(off.min(0)) / (0.06 * size)) ** 2 - (wrong_speed / (0.02 * size)) ** 2)
 
-
 def hides(where, others, size, radius, wall):
     """Might a sprite be overlooked there, half behind the wall or behind one in sight? At an unknown place it might not."""
     behind_wall = wall and abs(where[0] - size / 2) < WALL_HALF * size + 0.3 * radius
     return bool(behind_wall or (np.linalg.norm(others - where, axis=-1) < 0.7 * radius).any())
-
 
 def ruler_table(scores):
     """A table of `measure`'s scores (B, T, 3) as text, per third of the video as the paper's Table 1: the mean over its
@@ -403,7 +369,6 @@ def ruler_table(scores):
         spread = ((z - z.nanmean(0)).square().nansum(0) / (n - 1) / n).sqrt()
         lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(f"{mean[i]:8.2f} ± {spread[i]:5.2f}" for i in (1, 0, 2)))
     return "\n".join(lines)
-
 
 def read_frames(path, size, fps=0.0, stride=1):
     """Decode a file lazily: frames (height, width, 3) uint8, resized and cut to the centre, every `stride`-th of them at
@@ -423,20 +388,16 @@ def read_frames(path, size, fps=0.0, stride=1):
     if not count:
         raise ValueError(f"{path} has no frames")
 
-
 def read_video(path, size, fps=0.0, stride=1, frames=None):
     """The first `frames` frames of a file (all if None): (T, 3, size, size) float32 in [-1, 1]."""
     return to_float(np.stack(list(islice(read_frames(path, size, fps, stride), frames))))
 
-
 def to_float(clip):
     return rearrange(torch.from_numpy(clip), "t h w c -> t c h w").float() / 127.5 - 1
-
 
 def to_bytes(video):
     """(T, 3, height, width) in [-1, 1] -> (T, height, width, 3) uint8."""
     return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "t c h w -> t h w c").round().byte().cpu().numpy()
-
 
 def files_in(folder, kind, suffixes=None):
     folder = Path(folder)
@@ -448,16 +409,13 @@ def files_in(folder, kind, suffixes=None):
         raise ValueError(f"--data {folder} holds no {kind}")
     return files
 
-
 def fold(video, chunk):
     """Latent frames to frames: (B, N · chunk, C, height, width) -> (B, N, chunk · C, height, width)."""
     return rearrange(video, "b (n t) c h w -> b n (t c) h w", t=chunk)
 
-
 def unfold(x, chunk):
     """`fold` undone."""
     return rearrange(x, "b n (t c) h w -> b (n t) c h w", t=chunk)
-
 
 class Folder:
     """Random clips of T frames from files in a folder; every file once in each round of len(files) indices."""
@@ -472,13 +430,10 @@ class Folder:
                 return self.tensor(video[start:start + self.frames]), c
         raise ValueError("none of the files can be read any more")
 
-
 class Videos(Folder):
     """Any files that ffmpeg reads, with an optional caption in name.txt beside name.mp4.
-
     Decoded where the item is asked for, that is in the loader's processes; each keeps up to `memory` bytes of decoded
-    clips. A file that cannot be read is named once in a warning and skipped; clips too short are counted and skipped.
-    """
+    clips. A file that cannot be read is named once in a warning and skipped; clips too short are counted and skipped."""
     channels, tensor = 3, staticmethod(to_float)
 
     def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, memory=2 ** 30):
@@ -525,7 +480,6 @@ class Videos(Folder):
                 self.broken[number] = True
                 print(f"warning: skipped from now on: {one_line(error)}")
         return None if self.broken[number] else (self.decoded[number], self.words(self.captions[number]))
-
 
 class Latents(Folder):
     """One .npz per video: `latents` (T, C, height, width) and perhaps `text` (L, text_dim), read when asked for."""
@@ -575,7 +529,6 @@ class Latents(Folder):
     @staticmethod
     def tensor(latents):
         return torch.from_numpy(latents).float()
-
 
 class Wan:
     """Wan 2.1's VAE and text encoder from a diffusers folder, an optional extra: videos and prompts to what the network
@@ -634,7 +587,6 @@ class Wan:
             return torch.cat(made, dim=2).clamp(-1, 1).transpose(1, 2).cpu()
         return decode
 
-
 def encode_video(wan, path, out, size, frames, fps):
     """Every clip of `frames` frames to out-NUMBER.npz, its latents and its caption's text; finished ones are kept."""
     said, reader, number = path.with_suffix(".txt"), read_frames(path, size, fps), 0
@@ -650,7 +602,6 @@ def encode_video(wan, path, out, size, frames, fps):
     if number == 0:
         raise ValueError(f"{path} has {len(clip)} frames; wanted at least --frames {frames}")
 
-
 def encode_folder(args):
     """`encode_video` for a folder. A second call goes on after a kill; under torchrun the files are shared out."""
     rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -665,7 +616,6 @@ def encode_folder(args):
     if files and bad == len(files):
         raise ValueError(f"none of the {bad} videos of {args.videos} could be encoded")
 
-
 def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=False, withheld=0.0, split="train"):
     """The dataset that `--data` names: "sprites", a folder of latents (it holds .npz files) or a folder of videos."""
     if data == "sprites":
@@ -676,16 +626,13 @@ def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=
         return Latents(data, frames, seed)
     return Videos(data, size, frames, fps, stride, seed)
 
-
 def enlarge(frames, height=128):
     """(..., height, width, 3) uint8, each pixel a square of them, so that a person can see what 16 x 16 holds."""
     times = max(1, round(height / frames.shape[-3]))
     return frames.repeat(times, -3).repeat(times, -2)
 
-
 class Writer:
     """Writes a video as its frames come: `with Writer("out.mp4", fps) as out: out(frames)`.
-
     An .mp4 grows frame by frame; a .gif is put together at the end, since its frames share their colours. Either
     appears under its name when it is complete. Raises ValueError for other endings."""
 
@@ -720,7 +667,6 @@ class Writer:
         else:
             self.part.unlink(missing_ok=True)
 
-
 def film(rows, columns=12, labels=(), height=64):
     """Videos (T, 3, height, width) under one another, each with its label, time from left to right, as one picture
     (H, W, 3) uint8."""
@@ -732,7 +678,6 @@ def film(rows, columns=12, labels=(), height=64):
         strips.append(np.concatenate([write(label, len(strip)), strip], axis=1) if any(labels) else strip)
     return np.concatenate(strips)
 
-
 def write(text, height, width=96):
     """Black words on white, one under another, as a picture (height, width, 3) uint8."""
     page = Image.new("RGB", (width, height), "white")
@@ -740,17 +685,14 @@ def write(text, height, width=96):
     ImageDraw.Draw(page).multiline_text((4, height / 2), lines, "black", anchor="lm")
     return np.asarray(page)
 
-
 def draw_table(table, side=24):
     """A table (rows, columns) of values in [0, 1] as a picture, black for 0 and yellow for 1."""
     heat = torch.stack([table, table * 0.85, table * 0.2], dim=-1).clamp(0, 1).mul(255).round().byte().cpu().numpy()
     return np.pad(enlarge(heat, side * len(heat)), ((1, 1), (1, 1), (0, 0)), constant_values=255)
 
-
 def save_picture(path, picture):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     iio.imwrite(path, picture)
-
 
 def parse(argv):
     parser = Parser("Turn a folder of videos into latents for train.py --data, with Wan 2.1's VAE and text encoder.")
@@ -768,7 +710,6 @@ def parse(argv):
     if args.frames % 4 != 1:
         raise ValueError(f"--frames {args.frames}: the VAE makes n latents of 4 n - 3 frames; {args.frames // 4 * 4 + 1} would work")
     return args
-
 
 if __name__ == "__main__":
     Parser(__doc__).guard(lambda: encode_folder(parse(sys.argv[1:])))

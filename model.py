@@ -7,7 +7,7 @@ Submodules carry the original Wan names, so that real weights load as they are.
 B videos, N noisy frames in this pass, M frames (rows: [history | noisy] of this pass; columns: what they may see),
 P tokens in a frame (chunk · rows · columns of patches), C channels, D width, H heads, E width of a head, L words.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from routing import attend, describe, sparse_causal_mask
-
 
 @dataclass
 class Config:
@@ -37,15 +36,13 @@ class Config:
     eps: float = 1e-6
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if value is not None and not value > 0:
-                raise ValueError(f"{field.name} is {value}; it must be positive" +
-                                 (" (leave it out for dense history)" if field.name in ("top_k", "window") else ""))
+                raise ValueError(f"{name} is {value}; it must be positive" + " (or left out, for all history)" *
+                                 (name in ("top_k", "window")))
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; "
                              f"a multiple of {2 * self.heads} would work")
-
 
 PRESETS = {
     "toy": Config(),
@@ -54,18 +51,14 @@ PRESETS = {
     "wan-14b": Config(16, 5120, 13824, 40, 40, patch=2, chunk=3, text_dim=4096),
 }
 
-
 def rope(width, frames, rows, columns):
     """Angles of 3-D RoPE: positions (n,), (h,), (w,) -> complex (n · h · w, width / 2), float64.
-
-    The pairs of a head are split among time, row and column, the remainder to time; each axis has a full spectrum.
-    """
+    The pairs of a head are split among time, row and column, the remainder to time; each axis has a full spectrum."""
     at = torch.cartesian_prod(frames.double(), rows.double(), columns.double())
     parts = (width - 4 * (width // 6), 2 * (width // 6), 2 * (width // 6))
     angles = torch.cat([torch.outer(at[:, axis], 1e4 ** -(torch.arange(0, part, 2).to(at) / part))
                         for axis, part in enumerate(parts)], dim=-1)
     return torch.polar(torch.ones_like(angles), angles)
-
 
 @lru_cache(maxsize=64)
 def token_angles(width, chunk, frames, rows, columns, device, dtype):
@@ -75,13 +68,11 @@ def token_angles(width, chunk, frames, rows, columns, device, dtype):
     angles = angles.unflatten(0, (len(frames), chunk * rows * columns))
     return angles.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
 
-
 def rotate(z, angles):
     """Rotate neighbouring channels: z (..., E) real, angles (..., E / 2) complex. A second rotation adds to the first."""
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * angles.to(pairs.dtype)).flatten(-2).to(z.dtype)
-
 
 def sinusoid(t, dim):
     """t (...) -> (..., dim): cosines first, periods from 2 pi to 20000 pi, float64."""
@@ -89,47 +80,35 @@ def sinusoid(t, dim):
     angle = t[..., None].double() * w
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
-
 class Cache:
     """Keys and values of the finished frames, written in place; made by `model.cache(batch, frames, window, sink)`.
-
     Without a window it holds up to `frames` frames. With one it holds the first `sink` and the last ones, `window` in
     all; the sink's keys are rotated onward as the window moves, so that they always seem to stand right before it:
     positions, memory and time per frame are those of a video of `window` frames, however long it runs.
-
-    Slots 0 to length - 1 hold frames in the order of time, the slots behind them the noisy frames of the pass. `seen`
-    counts all frames that ever entered. A pass calls `admit` once and `put` in every layer.
-    """
-
+    Slots 0 to length - 1 hold frames in the order of time, the slots behind them the noisy frames of the pass. `first`
+    is slot 0's position: how many frames were dropped. A pass calls `admit` once and `put` in every layer."""
     def __init__(self, config, batch, frames, window=None, sink=0):
         if window is not None and not 0 <= sink < window:
-            raise ValueError(f"a window of {window} frames with a sink of {sink}: the sink must be 0 or more, and less "
-                             "than the window")
+            raise ValueError(f"a window of {window} frames with a sink of {sink}: wanted 0 <= sink < window")
         self.config, self.batch, self.frames, self.window, self.sink = config, batch, frames, window, sink
-        self.seen = self.length = self.kept = 0
+        self.first = self.length = self.kept = 0
         self.k = self.v = self.descriptor = self.sink_k = self.c = None
 
-    @property
-    def first(self):
-        """The position of slot 0: how many frames were dropped so far."""
-        return self.seen - self.length
-
-    def admit(self, n):
-        """Make room for n frames. Returns which of them to compute, an index: all but those that a window would drop at once."""
-        total = self.length + n
-        if self.window is None and total > self.frames:
-            raise ValueError(f"{total} finished frames in a cache for {self.frames}: ask model.cache for more frames, "
-                             "or for a window")
-        self.gap = 0 if self.window is None else max(0, total - self.window)
+    def admit(self, n, c):
+        """Make room for n frames, told c. Returns which to compute, an index: all but those that a window would drop at once."""
+        if self.c is not c:
+            self.c, self.words = c, {}
+        total, limit = self.length + n, self.window or self.frames
+        if self.window is None and total > limit:
+            raise ValueError(f"{total} finished frames in a cache for {limit}: ask model.cache for more frames, or for a window")
+        self.gap = max(0, total - limit)
         stay = [i for i in range(total) if i < self.sink or i >= self.sink + self.gap]
-        self.kept = sum(i < self.length for i in stay)
         new = [i - self.length for i in stay if i >= self.length]
-        self.seen, self.length = self.seen + n, len(stay)
+        self.first, self.length, self.kept = self.first + total - len(stay), len(stay), len(stay) - len(new)
         return new if len(new) < n else slice(None)
 
     def put(self, layer, k, v, n_noisy):
-        """Write a layer's keys and values (B, H, new + noisy, P, E); returns those of all columns and what describes the
-        keys, as views."""
+        """Write a layer's keys and values (B, H, new + noisy, P, E). Returns those of all columns and `describe(k)`, as views."""
         self.reserve(k, v, self.length + n_noisy)
         sink = min(self.sink, self.kept)
         keys, _, descriptor = of_layer = [z[layer] for z in (self.k, self.v, self.descriptor)]
@@ -145,69 +124,51 @@ class Cache:
             self.sink_k[layer][:, :, sink:sink + fresh.shape[2]] = rotate(fresh, self.onward(-self.first, k.device))
         return (z[:, :, :self.length + n_noisy] for z in of_layer)
 
-    def words_of(self, c, text, attention):
-        """A cross-attention's keys and values of the text: made once for a c, and kept while it is the same tensor."""
-        if self.c is not c:
-            self.c, self.words = c, {}
-        if attention not in self.words:
-            self.words[attention] = attention.words(text)
-        return self.words[attention]
-
     def onward(self, frames, device):
         """The rotation that moves a key by so many frames."""
         here = torch.zeros(1, device=device)
         return rope(self.config.dim // self.config.heads, here + frames * self.config.chunk, here, here)
 
     def reserve(self, k, v, slots):
-        """Allocate at first use, with room for the noisy frames; again only if a later pass brings more of them."""
-        n_noisy, have = slots - self.length, 0 if self.k is None else self.k.shape[3]
-        if self.k is not None and slots <= have:
-            return
-        B, H, _, P, E = k.shape
-        if B != self.batch:
-            raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
-        old = self.k, self.v, self.descriptor
-        slots = max(self.length, min(self.frames, self.window or self.frames)) + n_noisy
-        self.k, self.v, self.descriptor = (z.new_zeros(self.config.layers, B, H, slots, *z.shape[3:])
-                                           for z in (k, v, describe(k)))
-        if have:
-            for new, z in zip((self.k, self.v, self.descriptor), old):
-                new[:, :, :, :have] = z
-        else:
-            self.sink_k = k.new_zeros(self.config.layers, B, H, self.sink, P, E)
-
+        """Room for so many slots: allocated at first use for all frames to come, again only if a later pass has more noisy ones."""
+        if self.k is None:
+            B, H, _, P, E = k.shape
+            if B != self.batch:
+                raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
+            self.k, self.v, self.descriptor, self.sink_k = (
+                z.new_zeros(self.config.layers, B, H, n, *z.shape[3:]) for z, n in ((k, 0), (v, 0), (describe(k), 0), (k, self.sink)))
+        if slots > self.k.shape[3]:
+            more = max(self.length, min(self.frames, self.window or self.frames)) + slots - self.length - self.k.shape[3]
+            self.k, self.v, self.descriptor = (F.pad(z, (0, 0) * (z.dim() - 4) + (0, more)) for z in (self.k, self.v, self.descriptor))
 
 class Sight:
     """What a layer's attentions look at in one pass: its row of frames, and the text. torch.compile leaves both calls
     alone: it would compile anew for every number of frames."""
-
-    def __init__(self, layer, past, own, n_noisy, cache, c, text):
-        self.layer, self.past, self.own, self.n_noisy, self.rows = layer, past, own, n_noisy, len(past)
-        self.cache, self.c, self.text = cache, c, text
+    def __init__(self, layer, past, own, n_noisy, cache, text):
+        self.layer, self.past, self.own, self.rows = layer, past, own, len(past)
+        self.n_noisy, self.cache, self.text = n_noisy, cache, text
 
     @torch.compiler.disable
     def attend(self, q, k, v, top_k):
         """`routing.attend`, on the frames in the cache too, to which those of this pass are added."""
-        descriptor = None
-        if self.cache is not None:
-            k, v, descriptor = self.cache.put(self.layer, k, v, self.n_noisy)
+        k, v, descriptor = (k, v, None) if self.cache is None else self.cache.put(self.layer, k, v, self.n_noisy)
         return attend(q, k, v, self.past, self.own, top_k, descriptor)
 
     @torch.compiler.disable
     def words(self, attention):
-        """A cross-attention's keys and values; with a cache they are made once."""
-        return attention.words(self.text) if self.cache is None else self.cache.words_of(self.c, self.text, attention)
-
+        """A cross-attention's keys and values; a cache keeps them for as long as it is shown the same tensor c."""
+        kept = {} if self.cache is None else self.cache.words
+        if attention not in kept:
+            kept[attention] = attention.words(self.text)
+        return kept[attention]
 
 class Attention(nn.Module):
     """What both attentions have: projections, and norms of q and k over the full width."""
-
     def __init__(self, config):
         super().__init__()
         self.heads, self.top_k = config.heads, config.top_k
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, eps=config.eps) for _ in range(2))
-
 
 class SelfAttention(Attention):
     def forward(self, x, angles, sight):
@@ -217,7 +178,6 @@ class SelfAttention(Attention):
         q, k, v = (split(z, self.heads) for z in (q, k, v))
         q, k = (rotate(z, angles[len(angles) - z.shape[2]:]).to(v.dtype) for z in (q, k))
         return self.o(join(sight.attend(q, k, v, self.top_k)))
-
 
 class CrossAttention(Attention):
     def words(self, text):
@@ -230,16 +190,13 @@ class CrossAttention(Attention):
         q = split(self.norm_q(self.q(x).to(x.dtype)).flatten(1, 2), self.heads).to(v.dtype)
         return self.o(join(F.scaled_dot_product_attention(q, k, v))).unflatten(1, x.shape[1:3])
 
-
 def split(z, heads):
     """(B, ..., D) -> (B, H, ..., E): einops would say it better, but takes as long as the attention of a small model."""
     return z.unflatten(-1, (heads, -1)).movedim(-2, 1)
 
-
 def join(z):
     """`split` undone."""
     return z.movedim(1, -2).flatten(-2)
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -247,13 +204,11 @@ class Block(nn.Module):
         self.self_attn, self.cross_attn = SelfAttention(config), CrossAttention(config)
         self.norm1, self.norm2 = (nn.LayerNorm(config.dim, config.eps, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
-        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"),
-                                 nn.Linear(config.ffn_dim, config.dim))
+        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim ** 0.5)
 
     def forward(self, x, e6, angles, sight):
-        """x (B, M, P, D), e6 (B, M, 6, D) -> the frames in `sight`, the last ones; only their keys and values need the
-        others."""
+        """x (B, M, P, D), e6 (B, M, 6, D) -> the last frames, those in `sight`; the others give keys and values alone."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e6).unsqueeze(-2).unbind(2)
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
         x, gate1, shift2, scale2, gate2 = (z[:, z.shape[1] - sight.rows:] for z in (x, gate1, shift2, scale2, gate2))
@@ -261,7 +216,6 @@ class Block(nn.Module):
         x = x + self.cross_attn(self.norm3(x), *sight.words(self.cross_attn))
         h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.ffn(h).to(x.dtype))
-
 
 class Head(nn.Module):
     def __init__(self, config):
@@ -275,10 +229,8 @@ class Head(nn.Module):
         shift, scale = (self.modulation + e[:, :, None]).unsqueeze(-2).unbind(2)
         return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
 
-
 class CausalDiT(nn.Module):
     """Wan 2.1's text-to-video DiT with a noise level per frame. At initialisation it returns exactly 0."""
-
     def __init__(self, config):
         super().__init__()
         self.config, self.recompute = config, False  # recompute: blocks are run again in backward, to save memory
@@ -309,18 +261,16 @@ class CausalDiT(nn.Module):
 
     def forward(self, x, t, c, history=None, cache=None, first=0):
         """The velocity v = eps - x of noisy frames, each seeing itself and the history frames before it.
-
         x (B, N, chunk · C, height, width), frames numbered first, first + 1, ...; t (B, N) in [0, 1]; c (B, L,
         text_dim); history (B, M, chunk · C, height, width), the finished frames that come right after the cache's, or
         None; cache: `Cache` or None; the history's keys and values are added to it. Returns v, shaped like x, in
-        float32 (float64 if the weights are). Raises ValueError where shapes do not fit the configuration.
-        """
+        float32 (float64 if the weights are). Raises ValueError where shapes do not fit the configuration."""
         config, dtype = self.config, self.patch_embedding.weight.dtype
         self.check(x, c)
         history = x[:, :0] if history is None else history
         n_cached = start = 0
         if cache is not None:
-            history = history[:, cache.admit(history.shape[1])]
+            history = history[:, cache.admit(history.shape[1], c)]
             n_cached, start = cache.kept, cache.first
         M, N, height, width = history.shape[1], x.shape[1], x.shape[3] // config.patch, x.shape[4] // config.patch
         past, own = sparse_causal_mask(n_cached, M, N, first - start, window=config.window)
@@ -330,66 +280,55 @@ class CausalDiT(nn.Module):
             e = self.time_embedding(sinusoid(1000 * F.pad(t, (M, 0)), config.freq_dim).to(dtype))
             e6 = self.time_projection(e).unflatten(-1, (6, -1))
         text = self.text_embedding(c.to(dtype))
-        patches = rearrange(torch.cat([history, x], dim=1), "b m (t c) (h p) (w q) -> b m (t h w) (c p q)",
-                            t=config.chunk, p=config.patch, q=config.patch)
+        of = dict(t=config.chunk, p=config.patch, q=config.patch)
+        patches = rearrange(torch.cat([history, x], dim=1), "b m (t c) (h p) (w q) -> b m (t h w) (c p q)", **of)
         x = self.patch_embedding(patches.to(dtype)).to(dtype)
         for layer, block in enumerate(self.blocks):
             if layer + 1 == len(self.blocks):  # nobody reads the history's own output
                 past, own = past[M:], own[M:]
             run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
-            x = run(x, e6, angles, Sight(layer, past, own, N, cache, c, text))
+            x = run(x, e6, angles, Sight(layer, past, own, N, cache, text))
         with torch.autocast(x.device.type, enabled=False):
             v = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
-        return rearrange(v, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", t=config.chunk, h=height, p=config.patch,
-                         q=config.patch)
+        return rearrange(v, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", h=height, **of)
 
     def check(self, x, c):
         config, (_, _, channels, height, width) = self.config, x.shape
         if channels != config.chunk * config.channels:
-            raise ValueError(f"frames of {channels} channels; this model's have chunk {config.chunk} x "
-                             f"{config.channels} channels")
+            raise ValueError(f"frames of {channels} channels; this model's have chunk {config.chunk} x {config.channels} channels")
         if height % config.patch or width % config.patch:
             raise ValueError(f"frames of {height} x {width}; both must be multiples of the patch, {config.patch}")
         if c.shape[-1] != config.text_dim:
             raise ValueError(f"text of width {c.shape[-1]}; this model reads width {config.text_dim}")
 
-
 def read_checkpoint(path):
     """The dictionary in a run's ckpt.pt (path: the file or the run's folder), on the CPU. Raises ValueError."""
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}; give a run's folder or its ckpt.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"config", "model", "ema", "step", "args"} <= set(state):
-            raise ValueError("it lacks " + ", ".join(sorted({"config", "model", "ema", "step", "args"} - set(state))))
+        if lacking := {"config", "model", "ema", "step", "args"} - set(state):
+            raise ValueError("it lacks " + ", ".join(sorted(lacking)))
     except Exception as error:  # torch raises a different class for each way in which a file can be broken
         reason = str(error).split(". ")[0].split("\n")[0]
-        raise ValueError(f"{path} is not a whole checkpoint of this project ({reason}); "
-                         "train.py writes one as ckpt.pt into its --out folder") from None
+        raise ValueError(f"{path} is not a whole checkpoint of this project ({reason}); train.py writes one into --out") from None
     return state
 
-
 def load_checkpoint(path):
-    """The model of a run, with its averaged weights, ready to sample. `model.run` holds the flags of its training and
-    what it knows of its data."""
+    """A run's model with its averaged weights, ready to sample; `model.run`: its flags, and what it knows of its data."""
     state = read_checkpoint(path)
     model = CausalDiT(Config(**state["config"]))
     model.load_state_dict(state["ema"])
     model.run = state["args"]
     return model.eval().requires_grad_(False)
 
-
 DIFFUSERS_NAMES = [  # (theirs, ours), in this order; ours are the original's
-    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"), ("condition_embedder.time_proj", "time_projection.1"),
-    ("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."),
-    (".to_out.0.", ".o."), (".norm2.", ".norm3."), ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"),
-    ("proj_out", "head.head"), (".scale_shift_table", ".modulation"), ("scale_shift_table", "head.modulation")]
-
+    ("condition_embedder.", ""), ("text_embedder.", "text_embedding."), ("time_embedder.", "time_embedding."),
+    (".linear_1.", ".0."), (".linear_2.", ".2."), ("time_proj.", "time_projection.1."), ("attn1.", "self_attn."),
+    ("attn2.", "cross_attn."), (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".o."),
+    (".norm2.", ".norm3."), ("ffn.net.0.proj.", "ffn.0."), ("ffn.net.2.", "ffn.2."), ("proj_out.", "head.head."),
+    (".scale_shift_table", ".modulation"), ("scale_shift_table", "head.modulation")]
 
 def load_wan(model, path):
     """Fill a CausalDiT with Wan 2.1's weights: an original .pth or .safetensors, a folder of them or of diffusers'
@@ -407,16 +346,14 @@ def load_wan(model, path):
                 state |= loaded.get("generator_ema", loaded.get("generator", loaded))
         except Exception as error:  # each library has classes of its own
             raise ValueError(f"{file} cannot be read as weights ({type(error).__name__}: {str(error)[:100]})") from None
-    ours, theirs = model.state_dict(), {}
+    theirs = {}
     for name, tensor in state.items():
         name = name.removeprefix("model.").removeprefix("diffusion_model.")
         for a, b in DIFFUSERS_NAMES:
             name = name.replace(a, b)
         theirs[name] = tensor.flatten(1) if name == "patch_embedding.weight" else tensor
-    wrong = [f"{kind}: {', '.join(names[:5])}" + ("" if len(names) < 6 else f" and {len(names) - 5} more") for kind, names in (
-        ("missing", sorted(ours.keys() - theirs.keys())), ("unknown", sorted(theirs.keys() - ours.keys())),
-        ("misshapen", [f"{k} {tuple(theirs[k].shape)} for {tuple(ours[k].shape)}" for k in ours.keys() & theirs.keys()
-                       if theirs[k].shape != ours[k].shape])) if names]
-    if wrong:
-        raise ValueError(f"the weights of {path} are not those of this network: {'; '.join(wrong)}")
-    model.load_state_dict(theirs)
+    try:
+        model.load_state_dict(theirs)
+    except RuntimeError as error:  # names all keys that are missing, unknown or misshapen
+        wrong = " ".join(str(error).split())
+        raise ValueError(f"the weights of {path} are not those of this network: {wrong[wrong.find(':') + 2:]}") from None

@@ -12,40 +12,31 @@ from itertools import pairwise
 import torch
 from torch import rand, randn, randn_like  # every draw of this file
 
-
 def add_noise(x, eps, t):
     """Eq. (3): x_t = (1 - t) x + t eps. x, eps (B, N, C, height, width); t (B, N) or (B, 1) in [0, 1]."""
     t = t[..., None, None, None]
     return (1 - t) * x + t * eps
 
-
 def shift(t, s):
     """Eq. (7): s < 1 leans toward clean frames, s > 1 toward noise; 0 and 1 stay where they are."""
     return s * t / (1 + (s - 1) * t)
-
 
 def logit_normal(*shape, device=None):
     """Eq. (6): t in (0, 1) whose logit is a standard normal; its median is 1/2."""
     return randn(*shape, device=device).sigmoid()
 
-
 def flow_matching_loss(model, x, c, history, time_shift=1.0):
     """Eq. (4): the mean squared error of v to eps - x, every frame at a noise level of its own.
-
     x (B, N, C, height, width) clean frames; c (B, L, text_dim); history (B, N - 1, C, height, width): what the
-    frames see of their past, clean or resampled. The target is the clean x whatever the history is.
-    """
+    frames see of their past, clean or resampled. The target is the clean x whatever the history is."""
     t = shift(logit_normal(*x.shape[:2], device=x.device), time_shift).to(x.dtype)
     eps = randn_like(x)
     v = model(add_noise(x, eps, t), t, c, history)
     return (v - (eps - x)).square().mean()
 
-
 def solve(model, x, t, c, steps, time_shift, history, cache, first):
     """Eq. (2)'s integral by Euler steps: the frames x (B, N, ...), all at noise level t (B,), finished together.
-
-    The history enters the cache in the first step's pass; the later steps find it there.
-    """
+    The history enters the cache in the first step's pass; the later steps find it there."""
     times = t[:, None] * shift(torch.linspace(1, 0, steps + 1, device=t.device, dtype=t.dtype), time_shift)
     for now, after in pairwise(times.unbind(1)):
         v = model(x, now[:, None].expand(x.shape[:2]), c, history, cache, first)
@@ -53,15 +44,12 @@ def solve(model, x, t, c, steps, time_shift, history, cache, first):
         history = None
     return x
 
-
 @torch.no_grad()
 def rollout(model, x, t, c, steps=1, time_shift=1.0, history=None, cache=None):
     """Eqs. (2) and (5): finish the frames of x one after another, each on the frames just finished.
-
     x (B, N, C, height, width) already at noise level t (B,); c (B, L, text_dim); history (B, M, ...): given
     frames that come before x; cache: an empty one from `model.cache`, made here if None. Euler from t to 0 on
-    t · shift(linspace(1, 0, steps + 1), time_shift). Yields each frame (B, 1, C, height, width) when it is done.
-    """
+    t · shift(linspace(1, 0, steps + 1), time_shift). Yields each frame (B, 1, C, height, width) when it is done."""
     given = 0 if history is None else history.shape[1]
     if cache is None:
         cache = model.cache(x.shape[0], given + x.shape[1])
@@ -70,33 +58,26 @@ def rollout(model, x, t, c, steps=1, time_shift=1.0, history=None, cache=None):
         yield frame
         history = frame
 
-
 def noise_to(x, s):
     """Algorithm 1, lines 2-3: one t_s per video, Eqs. (6) and (7), and x noised to it. Returns (x_ts, t_s)."""
     t_s = shift(logit_normal(x.shape[0], device=x.device), s).to(x.dtype)
     return add_noise(x, randn_like(x), t_s[:, None]), t_s
 
-
 @torch.no_grad()
 def self_resample(model, x, c, s=0.6, steps=1):
     """Algorithm 1, lines 2-9, Eq. (5): the history redrawn with the model's own mistakes. No gradient.
-
     x (B, N, C, height, width) clean frames -> x̃ shaped like x. Training gives it x[:, :-1]: the last frame is
-    nobody's history.
-    """
+    nobody's history."""
     x_ts, t_s = noise_to(x, s)
     return torch.cat([x[:, :0], *rollout(model, x_ts, t_s, c, steps)], dim=1)
-
 
 def teacher_history(model, x, c, s, steps, noise):
     """Teacher forcing: the history is the truth."""
     return x
 
-
 def noise_history(model, x, c, s, steps, noise):
     """Table 2, "noise": Gaussian noise on every history frame, its level uniform in [0, noise]."""
     return add_noise(x, randn_like(x), noise * rand(x.shape[:2], device=x.device).to(x.dtype))
-
 
 @torch.no_grad()
 def parallel_history(model, x, c, s, steps, noise):
@@ -104,22 +85,16 @@ def parallel_history(model, x, c, s, steps, noise):
     x_ts, t_s = noise_to(x, s)
     return solve(model, x_ts, t_s, c, steps, 1.0, x[:, :-1], model.cache(*x.shape[:2]), first=0)
 
-
 def resample_history(model, x, c, s, steps, noise):
     """Resampling Forcing: errors compound as they will in generation."""
     return self_resample(model, x, c, s, steps)
 
-
 HISTORY = {"teacher": teacher_history, "noise": noise_history, "parallel": parallel_history, "resample": resample_history}
-
 
 class Guided:
     """Classifier-free guidance under the model's own contract; both branches ride in one batch.
-
     null (L, text_dim) or (1, L, text_dim): what the unconditional branch is told (zeros, or a negative prompt).
-    scale 1 is the model itself, more follows c more closely: v = v_null + scale (v_c - v_null).
-    """
-
+    scale 1 is the model itself, more follows c more closely: v = v_null + scale (v_c - v_null)."""
     def __init__(self, model, null, scale):
         self.model, self.null, self.scale, self.both = model, null, scale, None
 

@@ -14,45 +14,35 @@ import torch.nn.functional as F
 from einops import einsum
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-
 def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None, window=None):
     """Fig. 3c, frame by frame: (past, own), two boolean tables (n_history + n_noisy, n_cached + n_history + n_noisy).
-
     The noisy frames are numbered first, first + 1, ...; past[r, c]: row r sees column c as history; own[r, c]: c is
     the frame r itself. A noisy frame sees no other noisy frame and never its own finished copy. window: only the last
-    so many history frames are seen (None: all).
-    """
+    so many history frames are seen (None: all)."""
     finished = torch.arange(n_cached + n_history, device=device)
     noisy = first + torch.arange(n_noisy, device=device)
     age = torch.cat([finished[n_cached:], noisy])[:, None] - finished
     past = age > 0 if window is None else (age > 0) & (age <= window)
-    past = F.pad(past, (0, n_noisy))
     own = torch.eye(n_history + n_noisy, dtype=torch.bool, device=device)
-    return past, F.pad(own, (n_cached, 0))
-
+    return F.pad(past, (0, n_noisy)), F.pad(own, (n_cached, 0))
 
 @lru_cache(maxsize=256)
 def unpack(table, shape, device):
     """A table from its bytes, kept where it was copied to: a copy would make the host wait for the device."""
     return torch.frombuffer(bytearray(table), dtype=torch.bool).view(shape).to(device)
 
-
 def at_hand(table, device):
     return table if table.device == device else unpack(table.numpy().tobytes(), table.shape, device)
-
 
 def describe(k):
     """phi(K_j) of Eq. (9): the mean key of each frame, (B, H, columns, P, E) -> (B, H, columns, E), at least fp32."""
     return k.mean(dim=-2, dtype=torch.promote_types(k.dtype, torch.float32))
 
-
 def pick(q, k, past, top_k, descriptor=None):
     """Eq. (9): each query token of each head picks the up to top_k past frames whose mean key it agrees with most.
-
     q (B, H, rows, P, E), k (B, H, columns, P, E), past (rows, columns) -> the picked columns (B, H, rows, P, K) and,
     bool and of that shape, which of them are past at all. The scores are at least fp32; no gradient passes.
-    descriptor: what `describe` says of k, where it is known.
-    """
+    descriptor: what `describe` says of k, where it is known."""
     past = at_hand(past, q.device)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         descriptor = describe(k) if descriptor is None else descriptor
@@ -60,20 +50,16 @@ def pick(q, k, past, top_k, descriptor=None):
         score, picked = score.masked_fill_(~past[:, None], -torch.inf).topk(min(top_k, past.shape[1]), dim=-1)
         return picked, score > -torch.inf
 
-
 def route(q, k, past, top_k, descriptor=None):
-    """`pick` as a table: which past frames each token sees, bool (B, H, rows, P, columns). A frame itself is always seen
-    and is not counted here."""
+    """`pick` as a table: which past frames each token sees, bool (B, H, rows, P, columns), its own frame not counted."""
     picked, valid = pick(q, k, past, top_k, descriptor)
     return valid.new_zeros(*picked.shape[:-1], past.shape[1]).scatter_(-1, picked, valid)
-
 
 def visible(q, k, past, own, top_k, descriptor=None):
     """Which frames each token sees: bool, (B, H, rows, P, columns) if routed, else (1, 1, rows, 1, columns)."""
     if top_k is None:
         return at_hand(past | own, q.device)[None, None, :, None]
     return route(q, k, past, top_k, descriptor) | at_hand(own, q.device)[:, None]
-
 
 def attend_masked(q, k, v, past, own, top_k=None):
     """Eq. (8), the definition: one softmax over all that a token sees. To be read and tested against; see `attend`."""
@@ -82,14 +68,11 @@ def attend_masked(q, k, v, past, own, top_k=None):
     weight = score.masked_fill(~seen[..., None], -torch.inf).flatten(-2).softmax(-1)
     return einsum(weight, v.flatten(2, 3), "b h r p k, b h k e -> b h r p e")
 
-
 def attend(q, k, v, past, own, top_k=None, descriptor=None):
     """Eq. (8), the form that runs: `attend_masked`'s numbers and gradients, without its work on what is masked out.
-
     q (B, H, rows, P, E); k, v (B, H, columns, P, E); past, own from `sparse_causal_mask`, best left on the CPU;
     top_k: Eq. (9), None for dense history; descriptor: a cache's `describe(k)` -> (B, H, rows, P, E). The softmax and its
-    sums are at least fp32.
-    """
+    sums are at least fp32."""
     if len(past) == 0:  # a pass that only fills the cache
         return q
     if q.is_cuda and top_k is not None:
@@ -97,7 +80,6 @@ def attend(q, k, v, past, own, top_k=None, descriptor=None):
     if q.is_cuda and len(past) > 2:
         return attend_flex(q, k, v, past, own)
     return attend_groups(q, k, v, past, own, top_k, descriptor)
-
 
 def attend_groups(q, k, v, past, own, top_k, descriptor):
     """`attend` on a CPU, and for the one or two frames of a rollout's pass: a call for each group of frames that see
@@ -110,18 +92,15 @@ def attend_groups(q, k, v, past, own, top_k, descriptor):
             seen = visible(q, k, past, own, top_k, descriptor) if seen is None else seen
             mask = seen[:, :, rows][..., columns]
             mask = mask[..., None].expand(*mask.shape[:3], P, -1, P).flatten(2, 3).flatten(3)
-        part = F.scaled_dot_product_attention(take(q, rows), take(k, columns), take(v, columns), mask)
-        out.append(part.unflatten(2, (-1, P)))
+        parts = (z[:, :, frames].flatten(2, 3) for z, frames in ((q, rows), (k, columns), (v, columns)))
+        out.append(F.scaled_dot_product_attention(*parts, mask).unflatten(2, (-1, P)))
     return torch.cat(out, dim=2)[:, :, back]
-
 
 @lru_cache(maxsize=1024)
 def plan_groups(table, shape, tokens, device, target=32):
     """How to go through a table (its bytes) of which row sees which column: ([(rows, columns, alike)], order).
-
     rows: frames that see nearly as many others, about `target` tokens of each of the two sequences, or one frame where
-    there are but two; columns: those that some of them see; alike: all see all of these; order: puts the rows back.
-    """
+    there are but two; columns: those that some of them see; alike: all see all of these; order: puts the rows back."""
     seen, groups = unpack(table, shape, "cpu"), []
     by_reach = seen.sum(1).argsort(stable=True).split(1 if len(seen) <= 2 else 2 * max(1, target // tokens))
     for rows in by_reach:
@@ -129,18 +108,11 @@ def plan_groups(table, shape, tokens, device, target=32):
         groups.append((span(rows, device), span(columns, device), seen[rows][:, columns].all().item()))
     return groups, span(torch.cat(by_reach).argsort(), device)
 
-
 def span(index, device):
     """Consecutive indices as a slice: what it takes is then a view, not a copy."""
     first, last = index[0].item(), index[-1].item()
     consecutive = torch.equal(index, torch.arange(first, last + 1))
     return slice(first, last + 1) if consecutive else index.to(device)
-
-
-def take(z, index):
-    """The tokens of the chosen frames: (B, H, frames, P, E) -> (B, H, chosen · P, E)."""
-    return z[:, :, index].flatten(2, 3)
-
 
 def attend_flex(q, k, v, past, own):
     """`attend` where history is dense, on CUDA: FlexAttention."""
@@ -148,29 +120,23 @@ def attend_flex(q, k, v, past, own):
     mask = dense_blocks(table.numpy().tobytes(), table.shape, P, q.device)
     return flex()(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask).unflatten(2, (-1, P))
 
-
-def closed_form(n_cached, n_history, first, window):
-    """`sparse_causal_mask` without a table: a function that tells whether a row sees a column."""
-    def sees(row, column):
-        itself = n_cached + row
-        number = torch.where(row < n_history, itself, first + row - n_history)
-        past = (column < number) & (column < n_cached + n_history) & (column >= number - window)
-        return past | (column == itself)
-    return sees
-
+def sees(row, column, n_cached, n_history, first, window):
+    """`sparse_causal_mask` in closed form: does a row see a column?"""
+    number = torch.where(row < n_history, n_cached + row, first + row - n_history)
+    past = (column < number) & (column < n_cached + n_history) & (column >= number - window)
+    return past | (column == n_cached + row)
 
 def read_table(table):
-    """The numbers of `closed_form` that make a table of who sees whom (itself included). Raises ValueError if none do."""
+    """The numbers with which `sees` makes a table of who sees whom (itself included). Raises ValueError if none do."""
     (rows, columns), row, column = table.shape, torch.arange(len(table))[:, None], torch.arange(table.shape[1])
     past = table & (column != columns - rows + row)
     end, count = (past * (column + 1)).amax(1), past.sum(1)
     for window, n_history in product((rows + columns, count.max().item(), *range(1, rows + columns)), range(rows)):
         for first in (end[n_history].item(), (end - count)[n_history].item() + window, columns + window):
-            numbers = torch.tensor([columns - rows, n_history, first, window])
-            if torch.equal(closed_form(*numbers)(row, column), table):
+            numbers = columns - rows, n_history, first, window
+            if torch.equal(sees(row, column, *numbers), table):
                 return numbers
     raise ValueError("FlexAttention was given a table of frames that `sparse_causal_mask` does not make")
-
 
 @cache
 def flex():
@@ -179,51 +145,37 @@ def flex():
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, fullgraph=True)
 
-
 @lru_cache(maxsize=64)
 def dense_blocks(table, shape, P, device, size=128):
     """FlexAttention's block mask for a table (its bytes) of which row sees which column, made from the counts of frame
-    pairs in each block: nothing here has more entries than there are blocks, and each pair of tokens is judged by
-    `closed_form`."""
+    pairs in each block: nothing here has more entries than there are blocks, and `sees` judges each pair of tokens."""
     seen = unpack(table, shape, "cpu")
-    sees = closed_form(*read_table(seen).to(device))
+    numbers = torch.tensor(read_table(seen), device=device).unbind()  # tensors: another table is then no other kernel
     below = F.pad(seen.int().cumsum(0).cumsum(1), (1, 0, 1, 0))  # how many pairs are seen above and left of a corner
-    (r0, r1, whole_rows), (c0, c1, whole_columns) = (frames_of_blocks(n, P, size) for n in seen.shape)
+    (r0, r1, whole_rows), (c0, c1, whole_columns) = (  # of each block: its first frame, the one after its last, is it whole
+        (start // P, ((start + size).clamp(max=n * P) - 1) // P + 1, start + size <= n * P)
+        for n, start in ((n, torch.arange(0, n * P, size)) for n in shape))
     count = below[r1][:, c1] - below[r0][:, c1] - below[r1][:, c0] + below[r0][:, c0]
     full = (count == (r1 - r0)[:, None] * (c1 - c0)) & whole_rows[:, None] & whole_columns
     kinds = [z.to(device)[None, None] for blocks in ((count > 0) & ~full, full)
              for z in (blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int())]
     return BlockMask.from_kv_blocks(*kinds, BLOCK_SIZE=size, seq_lengths=(shape[0] * P, shape[1] * P),
-                                    mask_mod=lambda b, h, q, s: sees(q // P, s // P))
-
-
-def frames_of_blocks(frames, P, size):
-    """Of each block of `size` tokens: its first frame, the one after its last, and whether it is a whole block."""
-    start = torch.arange(0, frames * P, size)
-    end = start + size
-    return start // P, (end.clamp(max=frames * P) - 1) // P + 1, end <= frames * P
-
+                                    mask_mod=lambda b, h, q, s: sees(q // P, s // P, *numbers))
 
 def attend_picked(q, k, v, past, own, top_k, descriptor=None):
     """`attend` where history is routed, on CUDA, at the cost of the picked frames alone.
-
-    Each token stands in one queue for its own frame, and in one for each frame it picked (`Queues`).
-    """
+    Each token stands in one queue for its own frame, and in one for each frame it picked (`Queues`)."""
     picked, valid = pick(q, k, past, top_k, descriptor)
     itself = at_hand(own, q.device).int().argmax(1)[:, None, None].expand(*picked.shape[:-1], 1)
     frames, valid = torch.cat([itself, picked], dim=-1), F.pad(valid, (1, 0), value=True)
     return Queues.apply(*(z.flatten(2, 3) for z in (q, k, v, frames, valid)), q.shape[3]).view_as(q)
 
-
 class Queues(torch.autograd.Function):
     """One softmax over several frames, a frame at a time: queries (B, H, Q, E), keys and values (B, H, S, E), the frames
     (B, H, Q, K) that each query sees, and which of them count.
-
     The parts are merged by their log-sum-exp. Backward makes each part again, so that no copy of the queries is kept,
     and knows the merged softmax: of a part with weight w, its own output's gradient is w g, its log-sum-exp's
-    w g · (its output - the merged output).
-    """
-
+    w g · (its output - the merged output)."""
     @staticmethod
     def forward(ctx, q, k, v, frames, valid, P):
         lse = torch.full(q.shape[:-1], -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -251,7 +203,6 @@ class Queues(torch.autograd.Function):
                 total += grad
         return *(grad.to(z.dtype) for grad, z in zip(grads, inputs)), None, None, None
 
-
 def queue(q, k, v, frame, counts, P):
     """Each query's attention to the frame it waits for: (out (B, H, Q, E), log-sum-exp (B, H, Q), -inf where it does not
     count). The queries are sorted by frame, and back."""
@@ -260,7 +211,6 @@ def queue(q, k, v, frame, counts, P):
     back = order.argsort(dim=-1)
     return out.gather(2, back[..., None].expand_as(q)), lse.gather(-1, back).masked_fill(~counts, -torch.inf)
 
-
 def attend_one_frame(q, k, v, frame, P):
     """Queries (B, H, Q, E), each to the P keys of its frame (B, H, Q), in rising order -> (out, log-sum-exp (B, H, Q))."""
     if not q.is_cuda:  # to be tested where FlexAttention has no backward
@@ -268,7 +218,6 @@ def attend_one_frame(q, k, v, frame, P):
         return score.softmax(-1) @ v, score.logsumexp(-1)
     out, aux = flex()(q, k, v, block_mask=picked_blocks(frame, k.shape[2], P), return_aux=AuxRequest(lse=True))
     return out, aux.lse
-
 
 def picked_blocks(frame, S, P, size=512):
     """The block mask of `attend_one_frame`: each block of the queue spans the keys from its first frame to its last."""

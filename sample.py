@@ -35,7 +35,6 @@ from model import load_checkpoint
 from rf import Guided, rollout
 from routing import pick
 
-
 def parse(argv):
     parser, natural, positive = Parser(__doc__), number(int, 0), number(int, 1)
     amount, plus = number(float, 0), number(float, 0, above=True)
@@ -67,7 +66,6 @@ def parse(argv):
     add("--routing", False, "draw how often each history frame is picked (needs a model with --top-k)", action="store_true")
     return parser.parse_args(argv)
 
-
 def settle(args, model):
     """Fill in what the run knows better than the command line; say what cannot be."""
     run, chunk, pixels = model.run, model.config.chunk, model.config.channels == 3
@@ -98,13 +96,10 @@ def settle(args, model):
                              f"divisible by the chunk, {chunk}")
     return args
 
-
 def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, window=None, sink=0, seed=0, null=None):
     """Yields frames (B, 1, C, height, width) until there are `frames`; a change of text begins a new rollout on all there is.
-
     texts: [(the frame at which it begins, c (B, L, text_dim))]; given (B, M, C, height, width): the frames to continue,
-    perhaps none; window, sink: as in `model.cache`; null (1, L, text_dim): what guidance leads away from (None: zeros).
-    """
+    perhaps none; window, sink: as in `model.cache`; null (1, L, text_dim): what guidance leads away from (None: zeros)."""
     noise, done = torch.Generator().manual_seed(seed), [given[:, [i]] for i in range(given.shape[1])]
     for (_, c), end in zip(texts, [start for start, _ in texts[1:]] + [frames]):
         if end <= len(done):
@@ -116,7 +111,6 @@ def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, w
             done.append(frame)
             yield frame
 
-
 def extend(model, video, c, frames, given=2, **settings):
     """The first `given` frames of video (B, T, C, height, width) and what the model makes of them: (B, frames, ...), on the CPU."""
     chunk = model.config.chunk
@@ -125,16 +119,13 @@ def extend(model, video, c, frames, given=2, **settings):
     made = tqdm(generate(model, [(0, c)], x, frames // chunk, **settings), "rollout", new, leave=False, disable=new < 20)
     return unfold(torch.cat([x, *made], dim=1), chunk).cpu()
 
-
 def options(args):
     """What `generate` is told by the command line."""
     return dict(steps=args.steps, time_shift=args.time_shift, guidance=args.guidance, window=args.window or None,
                 sink=args.sink, seed=args.seed)
 
-
 def samples_of(run):
     return (run if run.is_dir() else run.parent) / "samples"
-
 
 def targets(args, names):
     """One file per video."""
@@ -144,7 +135,6 @@ def targets(args, names):
     if out.suffix or out.is_file():
         raise ValueError(f"--out {out}: wanted a folder, or a file that ends in .mp4 or .gif")
     return [out / f"{name}.mp4" for name in names]
-
 
 def first_frames(args, model, wan):
     """The frames of --given (1, M, ...), or none."""
@@ -161,7 +151,6 @@ def first_frames(args, model, wan):
                          f"than --frames {args.frames}; --given-frames takes some of them")
     return fold(clip[:, :clip.shape[1] // chunk * chunk], chunk)
 
-
 def read_prompts(args, model, wan, texts):
     """[(frame, [prompt, ...])] -> [(frame in chunks, c (B, L, text_dim))], and the c that guidance leads away from."""
     words = Words(*model.run["words"]) if not wan else None
@@ -170,7 +159,6 @@ def read_prompts(args, model, wan, texts):
     read = wan.text if wan else lambda several: torch.stack([words(prompt) for prompt in several])
     cs = [(at // model.config.chunk, read(several).to(args.device)) for at, several in texts]
     return cs, wan and wan.text([args.negative]).to(args.device)
-
 
 def make(args, model):
     """Prompts to files."""
@@ -201,7 +189,6 @@ def make(args, model):
     if args.routing:
         show_routing(shares[-args.steps * model.config.layers:], model.config.layers, files[0].with_name("routing.png"))
 
-
 def timed(items, seconds):
     """The items; how long each took to come is appended to `seconds`."""
     begin = time.perf_counter()
@@ -210,14 +197,12 @@ def timed(items, seconds):
         yield item
         begin = time.perf_counter()
 
-
 def thumbnails(video):
     """Small copies (B, T, 3, 64 or less, width) for a contact sheet: all that is kept in memory of a long video."""
     height, width = video.shape[-2:]
     if height <= 64:
         return video
     return F.interpolate(video.flatten(0, 1), (64, 64 * width // height), mode="area").unflatten(0, video.shape[:2])
-
 
 def print_speed(args, what, count, sampling, showing):
     """Frames per second; sampling and showing: seconds per frame, without and with the VAE's decoding."""
@@ -231,7 +216,6 @@ def print_speed(args, what, count, sampling, showing):
     if "cuda" in args.device:
         print(f"memory at its peak: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MiB")
 
-
 def recorded_picks(shares):
     """A context in which each pass of `routing.pick` also appends to a list: how often the last of its frames picked each
     column, over heads and tokens."""
@@ -241,7 +225,6 @@ def recorded_picks(shares):
         shares.append(torch.bincount(last[valid[:, :, -1]], minlength=args[2].shape[1]) / last[..., 0].numel())
         return found
     return patch.object(routing, "pick", record)
-
 
 def show_routing(shares, layers, path):
     """Fig. 8: how often the last frame picked each history frame, by layer, over steps, heads and tokens."""
@@ -253,12 +236,9 @@ def show_routing(shares, layers, path):
     save_picture(path, draw_table(share))
     print(f"as a picture, the mean last: {path}")
 
-
 def evaluate(args, model):
     """Continue held-out sprites from two true frames and measure them. Returns (truth, made), (videos, T, ...).
-
-    With --true-history every frame is the first that a rollout adds to the truth before it.
-    """
+    With --true-history every frame is the first that a rollout adds to the truth before it."""
     run, chunk = model.run, model.config.chunk
     if run["data"] != "sprites":
         raise ValueError(f"--eval needs a model of sprites, whose world is exactly known; this one learned {run['data']}")
@@ -286,10 +266,8 @@ def evaluate(args, model):
     path.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "frames": frames}))
     return truth, made
 
-
 def scores_name(args):
     return "true-history.json" if args.true_history else "eval.json"
-
 
 def compare(path, videos, fps):
     """path.png, time from left to right, and path.gif: clips {name: (B, T, C, height, width)}, a row for each name."""
@@ -304,7 +282,6 @@ def compare(path, videos, fps):
     names = np.concatenate([write(name, frames.shape[1] // len(rows)) for name in videos])
     with Writer(path.with_suffix(".gif"), fps) as out:
         out(np.concatenate([np.broadcast_to(names, (len(frames), *names.shape)), frames], axis=2))
-
 
 def print_tables(args):
     """What --eval wrote, per third: mean ± standard error over the seeds of a name."""
@@ -321,7 +298,6 @@ def print_tables(args):
             raise ValueError(f"the seeds of {name} were measured on {', '.join(str(len(video)) for video in frames)} frames; "
                              "measure them again with one --frames")
         print(f"{name}, {len(frames)} seed{'s' * (len(frames) > 1)}\n{ruler_table(torch.tensor(frames))}")
-
 
 def main(argv):
     args = parse(argv)
@@ -344,7 +320,6 @@ def main(argv):
         path = targets(args, ["eval"])[0]
         compare(path, rows, model.run["rate"])
         print(f"the first {len(rows['truth'])} of them: {path.with_suffix('.gif')} and {path.with_suffix('.png')}")
-
 
 if __name__ == "__main__":
     Parser(__doc__).guard(main, sys.argv[1:])

@@ -38,11 +38,9 @@ from model import PRESETS, CausalDiT, load_wan, read_checkpoint
 from rf import HISTORY, flow_matching_loss
 from sample import compare, extend, timed
 
-
 PAPER = dict(frames=21, size=(480, 832), warmup=10_000, steps=25_000, batch=64, lr=5e-5, decay="constant", ema=0.999,
              time_shift=3.0, sample_steps=32, guidance=5.0, recompute=True)
 RECIPES = {"wan-1.3b": PAPER, "wan-14b": PAPER}  # what a preset changes in the other flags' defaults
-
 
 def parse(argv):
     parser, natural, positive = Parser(__doc__), number(int, 0), number(int, 1)
@@ -115,17 +113,13 @@ def parse(argv):
     args.precision = args.precision or ("bf16" if "cuda" in str(args.device) else "fp32")
     return args
 
-
 def whole_chunks(frames, chunk):
     """The least length of a clip, of so many frames or more, that makes two or more whole chunks."""
     return max(2, -(-frames // chunk)) * chunk
 
-
 def streams(seed, indices, device):
     """A context in which every clip of a batch draws its noise from a stream of its own, named by (seed, its index).
-
-    So a step is the same on any number of processes, and the position in the data is all the random state there is.
-    """
+    So a step is the same on any number of processes, and the position in the data is all the random state there is."""
     keys = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
     generators = [torch.Generator(device).manual_seed(int(key)) for key in keys]
 
@@ -139,7 +133,6 @@ def streams(seed, indices, device):
     return patch.multiple(rf, rand=by_row(torch.rand, torch.Tensor.uniform_),
                           randn=by_row(torch.randn, torch.Tensor.normal_),
                           randn_like=by_row(torch.randn_like, torch.Tensor.normal_))
-
 
 def launch(args):
     """(rank, number of processes, device); joins the group if torchrun started this process."""
@@ -155,7 +148,6 @@ def launch(args):
         patient = timedelta(hours=6)  # the others wait while the first process makes pictures
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patient)
     return dist.get_rank(), dist.get_world_size(), device
-
 
 def configure(args, data, world):
     """The network's Config, after all that can be known to be wrong has been looked for."""
@@ -182,7 +174,6 @@ def configure(args, data, world):
                          "give a smaller --patch or a larger --dim")
     return config
 
-
 def make_optimizer(net, lr):
     """AdamW, with weight decay on matrices only: not on biases, norms and modulation."""
     decayed = [p for name, p in net.named_parameters() if p.dim() == 2]
@@ -190,13 +181,11 @@ def make_optimizer(net, lr):
     return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
                              lr=lr, betas=(0.9, 0.95), fused=True)
 
-
 def learning_rate(step, args):
     if step < args.lr_warmup:
         return args.lr * (step + 1) / args.lr_warmup
     done = (step - args.lr_warmup) / max(1, args.steps - args.lr_warmup)
     return args.lr * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.decay]
-
 
 def fit_weights(net, state, name, path):
     """Load a checkpoint's weights, or say in which sizes it differs from this network."""
@@ -207,9 +196,7 @@ def fit_weights(net, state, name, path):
         raise ValueError(f"the model of {path} has another shape: {'; '.join(wrong)}")
     net.load_state_dict(state[name])
 
-
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
 
 def build(args, config, device):
     """(network, its average, optimizer, first step): new ones, with the weights of --init, or all of --resume."""
@@ -235,13 +222,11 @@ def build(args, config, device):
         set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
     return net, ema, optimizer, state["step"] if args.resume else 0
 
-
 def save(net, ema, optimizer, step, args, rank):
     """Write ckpt.pt whole or not at all: a kill at any moment leaves the last good one. Every process takes part, and
     any number of them can load it.
 
-    Random states need no place in it: all draws are functions of the seed, the step and the clip (see `streams`).
-    """
+    Random states need no place in it: all draws are functions of the seed, the step and the clip (see `streams`)."""
     weights, moments = get_state_dict(net, optimizer, options=WHOLE)
     averages = get_model_state_dict(ema, options=WHOLE)
     if rank > 0:
@@ -260,10 +245,8 @@ def save(net, ema, optimizer, step, args, rank):
         raise ValueError(f"could not save step {step} to {path} ({error}); the checkpoint before it is untouched: make "
                          "room, then --resume") from None
 
-
 def plain(args):
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-
 
 def batches(data, start, rank, world, args, device):
     """Yields (indices, videos, c): this process's clips of every step from `start` on."""
@@ -275,19 +258,16 @@ def batches(data, start, rank, world, args, device):
     for indices, (video, c) in zip(mine, loader):
         yield indices, video.to(device, non_blocking=True), c.to(device, non_blocking=True)
 
-
 def ignore_signals(worker):
     """Workers leave Ctrl-C to their parent, which ends them when the last step is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 
 def shard(net):
     """FSDP2: every process holds its part of each block, and gathers a block when it runs."""
     for block in net.blocks:
         fully_shard(block)
     fully_shard(net)
-
 
 @contextmanager
 def gathered(net):
@@ -300,13 +280,11 @@ def gathered(net):
         for module in (*net.blocks, net):
             module.reshard()
 
-
 def alone(model, more):
     """A context for a pass whose gradients wait, if more of them are to come, before processes exchange them."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(not more)
     return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
-
 
 def whole(net):
     """A network that can be used by one process: itself, or gathered from all, who must ask together."""
@@ -319,7 +297,6 @@ def whole(net):
     one.load_state_dict(state)
     return one
 
-
 def learn(model, net, video, c, method, args):
     """Algorithm 1 on one batch: (loss, seconds that the history took). model is net as the loss calls it, perhaps
     spread over processes; the history is redrawn by the bare net, with the weights being trained."""
@@ -331,18 +308,15 @@ def learn(model, net, video, c, method, args):
     seconds = clock(video.device) - begin
     return flow_matching_loss(model, x, c, history, args.time_shift), seconds
 
-
 def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
-
 def history_at(step, args):
     """Which row of Table 2 a step trains with: teacher forcing in the warm-up and in the share not resampled."""
     resampled = np.random.default_rng([args.seed, step]).random() < args.resample_share
     return HISTORY[args.history if step >= args.warmup and resampled else "teacher"]
-
 
 def agree(loss, stop, device, world):
     """(mean loss, whether any process was told to stop): the same answer in every process."""
@@ -351,17 +325,14 @@ def agree(loss, stop, device, world):
         dist.all_reduce(both)
     return both[0].item() / world, both[1].item() > 0
 
-
 def average(ema, net, decay, step):
     """Exponential moving average; its decay rises from 0.1, so that the first weights are soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-
 def precision(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
 
 def gradients(model, net, batch, method, args):
     """`learn` and its gradients, in --accumulate parts of this process's batch: (mean loss, seconds for histories)."""
@@ -373,7 +344,6 @@ def gradients(model, net, batch, method, args):
             (part_loss / parts).backward()
         loss, seconds = loss + part_loss.detach() / parts, seconds + part_seconds
     return loss, seconds
-
 
 def update(net, ema, optimizer, loss, step, args):
     """Clip, step, average: returns the norm of the gradient. Raises ValueError, the weights untouched, where it or the
@@ -390,7 +360,6 @@ def update(net, ema, optimizer, loss, step, args):
     optimizer.zero_grad(set_to_none=True)
     average(ema, net, args.ema, step)
     return norm
-
 
 def main(argv):
     args = parse(argv)
@@ -449,7 +418,6 @@ def main(argv):
         dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
         dist.destroy_process_group()
 
-
 def claimed(folder):
     """Whether the folder is new, and ours alone."""
     try:
@@ -457,7 +425,6 @@ def claimed(folder):
     except FileExistsError:
         return False
     return True
-
 
 def open_out(args, start, rank, world):
     """The run's folder, made, never one that holds another run; and a function that appends to its log."""
@@ -484,7 +451,6 @@ def open_out(args, start, rank, world):
             file.write(json.dumps(entry) + "\n")
     return args.out, log
 
-
 def flops(config, N, M, P, words):
     """Of one clip's forward pass: N noisy and M history frames of P tokens, each seeing what the mask and --top-k leave."""
     D, k = config.dim, min(config.top_k or N, config.window or N)
@@ -494,7 +460,6 @@ def flops(config, N, M, P, words):
     history = token * M * P + 4 * D * pairs[1]  # in the last block only its keys and values are asked for
     ends = values * (2 * N + M) * P + (config.text_dim + D) * words + (config.freq_dim + 7 * D) * (N + M)
     return config.layers * block + (config.layers - 1) * history + 4 * D * D * M * P + 2 * D * ends
-
 
 def plan(args, config, words, world):
     """What a step costs: (parameters, FLOPs of a teacher-forcing step, of a resampling step, {part: bytes on each device})."""
@@ -513,7 +478,6 @@ def plan(args, config, words, world):
               "activations": clips * (2 * N - 1) * P * keep, "cache": clips * 4 * config.layers * N * P * config.dim}
     return n, teacher, resample, parts
 
-
 def announce(args, config, data, start, world, device):
     """What is about to happen, said before the first step, and all that --dry-run says."""
     n, teacher, resample, parts = plan(args, config, data[0][1].shape[0] if data else 512, world)
@@ -526,7 +490,6 @@ def announce(args, config, data, start, world, device):
     print(f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history "
           f"{args.history}" + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
           f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
-
 
 def print_plan(args, world, teacher, resample, parts):
     """Does it fit, what would make it fit, and how long will it take?"""
@@ -542,24 +505,19 @@ def print_plan(args, world, teacher, resample, parts):
           f"per resampling step ({seconds[1] / seconds[0]:.2f} x), {np.dot(seconds, (args.steps - later, later)) / 3600:,.0f} "
           f"hours for {args.steps:,} steps")
 
-
 def continue_clips(net, data, frames, args, device):
     """Four clips (4, T, ...) and what the model makes of their first frames (4, frames, ...).
-
-    The window is that of training, so that no relative position is new however long the rollout.
-    """
+    The window is that of training, so that no relative position is new however long the rollout."""
     truth, c = (z.to(device) for z in default_collate([data[i] for i in range(4)]))
     length = args.frames // net.config.chunk
     made = extend(net, truth, c, frames, 2 if length > 2 else 1, steps=args.sample_steps, time_shift=args.sample_shift,
                   guidance=args.guidance, window=length - 1)
     return {"truth": truth.cpu(), "rollout": made}
 
-
 def held_out(data, args):
     """Clips to look at: of sprites, ones that training never sees; of a folder, its first."""
     kind = args.size, args.frames, args.seed, "test", args.objects, args.wall, args.withheld
     return Sprites(*kind) if args.data == "sprites" else data
-
 
 def look(ema, data, args, device, step):
     """Pictures of continued clips, truth above and rollout below. Returns the loss under teacher forcing on them."""
@@ -572,7 +530,6 @@ def look(ema, data, args, device, step):
         with torch.no_grad(), streams(0, [i], device):
             losses.append(flow_matching_loss(ema, x, c, x[:, :-1], args.time_shift).item())
     return {"held_out_loss": np.mean(losses)}
-
 
 def finish(ema, data, args, device):
     """The end of a run: clips continued to four times the training length, and measured where there is a ruler."""
@@ -588,7 +545,6 @@ def finish(ema, data, args, device):
     prompt = f' "{held_out(data, args).caption(0)}"' if args.data == "sprites" else ""
     print(f"look at {path}.gif and {path}.png (truth above, rollout below), then try\n"
           f"  python sample.py{prompt} --checkpoint {args.out}")
-
 
 def speeds(args, config, device):
     """Median times of the run's steps, by kind, from its log, and how far off `plan` was. What a redrawn history costs is
@@ -609,7 +565,6 @@ def speeds(args, config, device):
                  f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB, planned {sum(parts.values()) / 2 ** 30:.1f}")
     data = sum(s["data_seconds"] for s in steps) / sum(s["seconds"] + s["data_seconds"] for s in steps)
     return f"median step: {', '.join(kinds)}; waiting for data {data:.1%} of the time\n{rate}"
-
 
 if __name__ == "__main__":
     Parser(__doc__).guard(main, sys.argv[1:])
