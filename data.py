@@ -7,14 +7,14 @@ B videos, T frames, C channels, S sprites, L words.
 """
 import argparse
 import difflib
-import html
 import os
 import re
 import sys
 import textwrap
 import zipfile
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice, repeat, zip_longest
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw  # comes with imageio
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 class Parser(argparse.ArgumentParser):
     """Teaches in --help, and says what is wrong in one line."""
-
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -47,18 +47,17 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.exit(130, f"{self.prog}: interrupted\n")
 
-def number(kind, low, high=float("inf"), above=False):
+def number(kind, low, high=1e30, above=False):
     """An argparse type: a number in [low, high], or above low."""
     def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not (low < value if above else low <= value) or value > high or value == float("inf"):
-            wanted = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < 1e30 else "")
-            raise argparse.ArgumentTypeError(f"got {text}, wanted {'a whole' if kind is int else 'a'} number {wanted}")
-        return value
+        with suppress(ValueError):
+            if low <= kind(text) <= high and not (above and kind(text) == low):
+                return kind(text)
+        wanted = f"{'above' if above else 'of at least'} {low}" + f" and at most {high}" * (high < 1e30)
+        raise argparse.ArgumentTypeError(f"got {text}, wanted {'a whole' if kind is int else 'a'} number {wanted}")
     return read
+
+DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["cuda"] * torch.cuda.is_available()]
 
 def pixels(text):
     """An argparse type: 64 -> 64, for squares; 480x832 -> (480, 832), height and width."""
@@ -66,13 +65,6 @@ def pixels(text):
     if not found or 0 in map(int, filter(None, found.groups())):
         raise argparse.ArgumentTypeError(f"got {text}, wanted pixels: one number for squares, or HEIGHTxWIDTH such as 480x832")
     return (int(found[1]), int(found[2])) if found[2] else int(found[1])
-
-def device_name(text):
-    """An argparse type: cpu, cuda or cuda:N, where there is one."""
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
-    if not found or text != "cpu" and torch.cuda.device_count() <= int(found[1] or 0):
-        raise argparse.ArgumentTypeError(f"got {text}, wanted cpu" + ", or cuda, or cuda:N" * torch.cuda.is_available())
-    return text
 
 def latest_run():
     found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
@@ -86,11 +78,11 @@ def one_line(error):
 class Words:
     """Text without a text encoder: one row per word, the word beside its successor, so that "red circle" binds the
     colour to the shape though attention to the text knows no order. Rows of zeros say nothing."""
-
     def __init__(self, vocabulary, rows=8):
         self.vocabulary, self.rows = list(vocabulary), rows
         self.text_dim = max(1, 2 * len(self.vocabulary))
 
+    @lru_cache(maxsize=4096)  # a caption is read once
     def __call__(self, prompt):
         """A prompt -> (L, text_dim), L at least `rows`. Raises ValueError for words that the model never met."""
         words = split_words(prompt)
@@ -107,10 +99,9 @@ class Words:
                 c[row, len(self.vocabulary) + self.vocabulary.index(words[row + 1])] = 1
         return c
 
-@lru_cache(maxsize=4096)
-def read_caption(words, caption):
-    """What `Words` make of a caption, made once."""
-    return words(caption)
+    def text(self, prompts):
+        """Prompts -> c (B, L, text_dim)."""
+        return pad_sequence([self(prompt) for prompt in prompts], batch_first=True)
 
 def split_words(text):
     return re.findall(r"[\w'-]+", text.lower())
@@ -149,8 +140,7 @@ def paint(at, shape, colour, size, wall=False, shown=None):
     """Sprites at (..., S, 2), shape and colour (..., S) or (S,), the first in front -> (..., 3, size, size) in [-1, 1]."""
     colour = colour.expand(at.shape[:-1])
     cover = coverage(at, shape, size, radius_of(size, wall))
-    if shown is not None:
-        cover = cover * shown[..., None, None]
+    cover = cover if shown is None else cover * shown[..., None, None]
     picture = BACKGROUND[:, None, None].expand(*at.shape[:-2], 3, size, size)
     for s in reversed(range(at.shape[-2])):
         alpha = cover[..., s, None, :, :]
@@ -163,10 +153,8 @@ def reflect(at, low, high):
     return high - abs(away - period * np.floor(away / period) - (high - low))  # several times faster than %
 
 class Sprites:
-    """Coloured shapes that glide in straight lines, bounce off the edges and seldom meet, drawn from (seed, split,
-    index) alone.
-
-    "train" and "test" share no index: each has a stream of its own. withheld: share of clips without their caption."""
+    """Coloured shapes that glide in straight lines, bounce off the edges and seldom meet, drawn from (seed, split, index)
+    alone. "train" and "test" have each a stream of its own. withheld: share of clips without their caption."""
     channels, fps = 3, 8
 
     def __init__(self, size=16, frames=12, seed=0, split="train", objects=2, wall=False, withheld=0.0):
@@ -216,12 +204,10 @@ class Sprites:
     def __getitems__(self, indices):
         """Several clips are painted at once; torch's DataLoader asks for a batch in this way."""
         colour, shape, at = (torch.stack(z) for z in zip(*map(self.scene, indices)))
-        texts = ["" if self.silent(i) else name(c, s) for i, c, s in zip(indices, colour, shape)]
+        told = [np.random.default_rng([*self.key, i, 1]).random() >= self.withheld for i in indices] if self.withheld else repeat(1)
+        texts = [name(c, s) if t else "" for c, s, t in zip(colour, shape, told)]
         videos = paint(at, shape[:, None], colour[:, None], self.size, self.wall)
-        return [(video, read_caption(self.words, text)) for video, text in zip(videos, texts)]
-
-    def silent(self, index):
-        return self.withheld and np.random.default_rng([*self.key, index, 1]).random() < self.withheld
+        return [(video, self.words(text)) for video, text in zip(videos, texts)]
 
 def name(colour, shape):
     return " and ".join(f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in zip(colour.tolist(), shape.tolist()))
@@ -376,17 +362,15 @@ def read_frames(path, size, fps=0.0, stride=1):
     ValueError if nothing can be read."""
     steps, (height, width) = [("fps", str(fps))] if fps else [], size if isinstance(size, tuple) else (size, size)
     steps += [("scale", f"{width}:{height}:force_original_aspect_ratio=increase"), ("crop", f"{width}:{height}")]
-    count = 0
+    wrong = "it has no frames"
     try:
-        for count, frame in enumerate(iio.imiter(path, plugin="pyav", filter_sequence=steps, format="rgb24"), 1):
-            if count % stride == 1 or stride == 1:
-                yield frame
-    except Exception as error:  # ffmpeg's errors share no class
-        if not count:
-            raise ValueError(f"{path} cannot be read as a video ({one_line(error)}); any file that ffmpeg reads works, "
-                             "such as mp4, gif, avi or webm") from None
-    if not count:
-        raise ValueError(f"{path} has no frames")
+        for frame in islice(iio.imiter(path, plugin="pyav", filter_sequence=steps, format="rgb24"), 0, None, stride):
+            wrong = None
+            yield frame
+    except Exception as error:  # ffmpeg's errors share no class; what could be decoded before is kept
+        wrong = wrong and one_line(error)
+    if wrong:
+        raise ValueError(f"{path} cannot be read as a video ({wrong}); what ffmpeg reads would work: mp4, gif, avi, webm")
 
 def read_video(path, size, fps=0.0, stride=1, frames=None):
     """The first `frames` frames of a file (all if None): (T, 3, size, size) float32 in [-1, 1]."""
@@ -403,8 +387,8 @@ def files_in(folder, kind, suffixes=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f'--data {folder} is not a folder; give "sprites", a folder of videos, or one of latents (.npz)')
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".") and
-                   (p.suffix in suffixes if suffixes else p.suffix.lower() not in {".txt", ".npz", ".json", ".md"}))
+    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file() and (
+        path.suffix in suffixes if suffixes else path.suffix.lower() not in {".txt", ".npz", ".json", ".md"}))
     if not files:
         raise ValueError(f"--data {folder} holds no {kind}")
     return files
@@ -419,7 +403,6 @@ def unfold(x, chunk):
 
 class Folder:
     """Random clips of T frames from files in a folder; every file once in each round of len(files) indices."""
-
     def __getitem__(self, index):
         round_, place = divmod(index, len(self.files))
         order = np.random.default_rng([self.seed, round_]).permutation(len(self.files))
@@ -430,6 +413,15 @@ class Folder:
                 return self.tensor(video[start:start + self.frames]), c
         raise ValueError("none of the files can be read any more")
 
+    def keep(self, folder, lengths, bad=0):
+        """Of the files {path: frames} those that are long enough. Raises ValueError if none is."""
+        self.files = [path for path, length in lengths.items() if length >= self.frames]
+        if not self.files:
+            raise ValueError(f"no clip in {folder} has {self.frames} frames: of {len(lengths)} the longest has "
+                             f"{max(lengths.values(), default=0)}, and {bad} cannot be read")
+        if len(self.files) < len(lengths):
+            print(f"warning: skipping {len(lengths) - len(self.files)} of {len(lengths)} clips, shorter than {self.frames} frames")
+
 class Videos(Folder):
     """Any files that ffmpeg reads, with an optional caption in name.txt beside name.mp4.
     Decoded where the item is asked for, that is in the loader's processes; each keeps up to `memory` bytes of decoded
@@ -438,27 +430,18 @@ class Videos(Folder):
 
     def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, memory=2 ** 30):
         self.size, self.frames, self.rate, self.stride, self.seed, self.memory = size, frames, fps, stride, seed, memory
-        self.files, lengths, rates, bad = [], [], [], 0
+        lengths, rates, bad = {}, {}, 0
         for path in files_in(folder, "videos"):
             try:
                 next(read_frames(path, size))
                 meta, shape = iio.immeta(path, plugin="pyav"), iio.improps(path, plugin="pyav").shape
+                length = int(meta["duration"] * fps + 1e-3) if fps else shape[0] or round(meta["duration"] * meta["fps"])
+                lengths[path], rates[path] = -(-length // stride), (fps or meta["fps"]) / stride
             except Exception as error:
                 print(f"warning: skipped: {one_line(error)}")
                 bad += 1
-                continue
-            length = int(meta["duration"] * fps + 1e-3) if fps else shape[0] or round(meta["duration"] * meta["fps"])
-            lengths.append(-(-length // stride))
-            rates.append(fps or meta["fps"])
-            if lengths[-1] >= frames:
-                self.files.append(path)
-        short = len(lengths) - len(self.files)
-        if short:
-            print(f"warning: skipping {short} of {len(lengths)} clips, shorter than {frames} frames")
-        if not self.files:
-            raise ValueError(f"no clip in {folder} has {frames} frames" + (f" at stride {stride}" if stride > 1 else "") +
-                             f": {short} are too short (the longest has {max(lengths, default=0)}) and {bad} cannot be read")
-        self.fps = float(np.median(rates)) / stride
+        self.keep(folder, lengths, bad)
+        self.fps = float(np.median([*rates.values()]))
         texts = [path.with_suffix(".txt") for path in self.files]
         self.captions = [text.read_text().strip() if text.is_file() else "" for text in texts]
         said = [split_words(caption) for caption in self.captions]
@@ -483,52 +466,42 @@ class Videos(Folder):
 
 class Latents(Folder):
     """One .npz per video: `latents` (T, C, height, width) and perhaps `text` (L, text_dim), read when asked for."""
-    words, fps = None, 4
+    words, fps, tensor = None, 4, staticmethod(lambda latents: torch.from_numpy(latents).float())
 
     def __init__(self, folder, frames, seed=0):
-        self.frames, self.seed, self.files = frames, seed, []
-        shapes = [self.shapes(path) for path in files_in(folder, "latents", {".npz"})]
-        first = shapes[0]
-        for path, latents, text in shapes:
-            if latents[1:] != first[1][1:] or (text or (0, 0))[-1] != (first[2] or (0, 0))[-1]:
-                raise ValueError(f"{path} holds latents {latents} with text {text}, but {first[0]} {first[1]} with "
-                                 f"{first[2]}; all files of a folder need the same channels, size and text width")
-        self.files = [path for path, latents, _ in shapes if latents[0] >= frames]
-        if len(self.files) < len(shapes):
-            print(f"warning: skipping {len(shapes) - len(self.files)} of {len(shapes)} files, shorter than {frames} frames")
-        if not self.files:
-            raise ValueError(f"no file in {folder} has {frames} latent frames; the longest has "
-                             f"{max(latents[0] for _, latents, _ in shapes)}")
-        self.channels, self.size = first[1][1], first[1][2:]
-        self.rows, self.text_dim = max((text or (1,))[0] for _, _, text in shapes), (first[2] or (0, 1))[-1]
+        self.frames, self.seed = frames, seed
+        shapes = {path: self.shapes(path) for path in files_in(folder, "latents", {".npz"})}
+        first, (latents, text) = next(iter(shapes.items()))
+        for path, (others, words) in shapes.items():
+            if (others[1:], words[1]) != (latents[1:], text[1]):
+                raise ValueError(f"{path} holds latents {others} with text {words}, but {first} {latents} with {text}; all files "
+                                 "of a folder need the same channels, size and text width")
+        self.keep(folder, {path: others[0] for path, (others, _) in shapes.items()})
+        self.channels, self.size, self.text_dim = latents[1], latents[2:], text[1]
+        self.rows = max(words[0] for _, words in shapes.values())
 
     @staticmethod
     def shapes(path):
-        """(path, shape of latents, shape of text or None) from the headers alone."""
+        """The shapes of latents and text (1, 1 if there is none), from the headers alone."""
+        found = {}
         try:
             with zipfile.ZipFile(path) as archive:
-                found = {}
                 for key in archive.namelist():
                     with archive.open(key) as file:
-                        version = np.lib.format.read_magic(file)
-                        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                        found[key.removesuffix(".npy")] = read(file)[0]
+                        np.lib.format.read_magic(file)
+                        found[key.removesuffix(".npy")] = np.lib.format.read_array_header_1_0(file)[0]
         except (zipfile.BadZipFile, ValueError, OSError) as error:
             raise ValueError(f"{path} is not a readable .npz file ({one_line(error)})") from None
-        if len(found.get("latents", ())) != 4 or len(found.get("text", (0, 0))) != 2:
-            raise ValueError(f"{path} holds {found or 'nothing'}; wanted `latents` (T, C, height, width) and perhaps "
-                             "`text` (L, text_dim)")
-        return path, found["latents"], found.get("text")
+        shapes = found.get("latents", ()), found.get("text", (1, 1))
+        if list(map(len, shapes)) != [4, 2]:
+            raise ValueError(f"{path} holds {found}; wanted `latents` (T, C, height, width) and perhaps `text` (L, text_dim)")
+        return shapes
 
     def load(self, number):
         """(latents (T, C, height, width), c) of a file."""
         with np.load(self.files[number]) as file:
-            text = torch.from_numpy(file["text"] if "text" in file else np.zeros((1, self.text_dim)))
+            text = torch.from_numpy(file["text"] if "text" in file else np.zeros((1, 1)))
             return file["latents"], F.pad(text.float(), (0, 0, 0, self.rows - len(text)))
-
-    @staticmethod
-    def tensor(latents):
-        return torch.from_numpy(latents).float()
 
 class Wan:
     """Wan 2.1's VAE and text encoder from a diffusers folder, an optional extra: videos and prompts to what the network
@@ -536,54 +509,41 @@ class Wan:
     NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
                 "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
                 "三条腿，背景人很多，倒着走")
-    rows = 512
 
     def __init__(self, path, device="cpu"):
         try:
-            import ftfy
-            from diffusers import AutoencoderKLWan
-            from transformers import AutoTokenizer, UMT5EncoderModel
+            import ftfy  # noqa: F401, the pipeline cleans prompts with it
+            from diffusers import WanPipeline
         except ImportError as error:
             raise ValueError(f"--wan needs `pip install diffusers transformers ftfy` ({one_line(error)})") from None
-        for part in ("vae", "text_encoder", "tokenizer"):
-            if not (Path(path) / part).is_dir():
-                raise ValueError(f"--wan {path} has no folder {part}/; give a diffusers folder of Wan 2.1, such as one made "
-                                 "from Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-        self.fix, self.device = ftfy.fix_text, device
-        self.vae = AutoencoderKLWan.from_pretrained(Path(path) / "vae").to(device).eval()
-        self.encoder = UMT5EncoderModel.from_pretrained(Path(path) / "text_encoder", dtype=torch.bfloat16).to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(Path(path) / "tokenizer")
+        if not Path(path, "model_index.json").is_file():
+            raise ValueError(f"--wan {path} holds no model_index.json; give a diffusers folder of Wan 2.1, such as one made from "
+                             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        types = {"text_encoder": torch.bfloat16, "default": torch.float32}
+        self.pipe, self.device = WanPipeline.from_pretrained(path, transformer=None, torch_dtype=types).to(device), device
         self.mean, self.std = (torch.tensor(z, device=device).view(-1, 1, 1, 1)
-                               for z in (self.vae.config.latents_mean, self.vae.config.latents_std))
+                               for z in (self.pipe.vae.config.latents_mean, self.pipe.vae.config.latents_std))
 
     @torch.no_grad()
     def text(self, prompts):
         """Prompts -> c (B, 512, text_dim); rows past a prompt's end are zero."""
-        clean = [" ".join(html.unescape(html.unescape(self.fix(prompt))).split()) for prompt in prompts]
-        tokens = self.tokenizer(clean, padding="max_length", max_length=self.rows, truncation=True, return_tensors="pt")
-        tokens = tokens.to(self.device)
-        hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        return (hidden * tokens.attention_mask[..., None]).float()
+        return self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)[0].float()
 
     @torch.no_grad()
     def encode(self, video):
         """(B, 4 n - 3, 3, height, width) in [-1, 1] -> normalised latents (B, n, 16, height / 8, width / 8)."""
-        latents = self.vae.encode(video.transpose(1, 2).to(self.device)).latent_dist.mode()
+        latents = self.pipe.vae.encode(video.transpose(1, 2).to(self.device)).latent_dist.mode()
         return ((latents - self.mean) / self.std).transpose(1, 2)
 
     def decoder(self):
         """A function from latents (B, n, 16, h, w) to the pixels that they add to those of its earlier calls: one frame
         for the very first latent, four for each later one. It holds the VAE's causal cache and no video."""
-        held = [None] * sum(type(module).__name__ == "WanCausalConv3d" for module in self.vae.decoder.modules())
-        first = True
+        held = [None] * sum(type(module).__name__ == "WanCausalConv3d" for module in self.pipe.vae.decoder.modules())
 
         @torch.no_grad()
         def decode(latents):
-            nonlocal first
-            made = []
-            for z in self.vae.post_quant_conv(latents.to(self.device).transpose(1, 2) * self.std + self.mean).split(1, dim=2):
-                made.append(self.vae.decoder(z, feat_cache=held, feat_idx=[0], first_chunk=first))
-                first = False
+            z = self.pipe.vae.post_quant_conv(latents.to(self.device).transpose(1, 2) * self.std + self.mean)
+            made = [self.pipe.vae.decoder(frame, feat_cache=held, feat_idx=[0], first_chunk=held[0] is None) for frame in z.split(1, 2)]
             return torch.cat(made, dim=2).clamp(-1, 1).transpose(1, 2).cpu()
         return decode
 
@@ -616,56 +576,45 @@ def encode_folder(args):
     if files and bad == len(files):
         raise ValueError(f"none of the {bad} videos of {args.videos} could be encoded")
 
-def open_data(data, frames, size=16, seed=0, fps=0.0, stride=1, objects=2, wall=False, withheld=0.0, split="train"):
+def open_data(args, split="train"):
     """The dataset that `--data` names: "sprites", a folder of latents (it holds .npz files) or a folder of videos."""
-    if data == "sprites":
-        if isinstance(size, tuple):
-            raise ValueError(f"--size {size[0]}x{size[1]}: the world of the sprites is square; one number would work")
-        return Sprites(size, frames, seed, split, objects, wall, withheld)
-    if Path(data).is_dir() and any(Path(data).rglob("*.npz")):
-        return Latents(data, frames, seed)
-    return Videos(data, size, frames, fps, stride, seed)
+    if args.data == "sprites":
+        if isinstance(args.size, tuple):
+            raise ValueError(f"--size {args.size[0]}x{args.size[1]}: the world of the sprites is square; one number would work")
+        return Sprites(args.size, args.frames, args.seed, split, args.objects, args.wall, args.withheld)
+    if any(Path(args.data).rglob("*.npz")):
+        return Latents(args.data, args.frames, args.seed)
+    return Videos(args.data, args.size, args.frames, args.fps, args.stride, args.seed)
 
 def enlarge(frames, height=128):
     """(..., height, width, 3) uint8, each pixel a square of them, so that a person can see what 16 x 16 holds."""
     times = max(1, round(height / frames.shape[-3]))
     return frames.repeat(times, -3).repeat(times, -2)
 
-class Writer:
-    """Writes a video as its frames come: `with Writer("out.mp4", fps) as out: out(frames)`.
-    An .mp4 grows frame by frame; a .gif is put together at the end, since its frames share their colours. Either
-    appears under its name when it is complete. Raises ValueError for other endings."""
-
-    def __init__(self, path, fps=8.0):
-        self.path, self.fps, self.frames = Path(path), fps, []
-        if self.path.suffix not in (".mp4", ".gif"):
-            raise ValueError(f"{path}: videos are written as .mp4 or .gif")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.part = self.path.with_name("." + self.path.name)
-
-    def __enter__(self):
-        if self.path.suffix == ".mp4":
-            self.file = iio.imopen(self.part, "w", plugin="pyav", extension=".mp4")
-            self.file.init_video_stream("libx264", fps=self.fps)
-        return self
-
-    def __call__(self, video):
-        """Append frames (T, 3, height, width) in [-1, 1], or a picture of each, (T, height, width, 3) uint8."""
-        for frame in enlarge(to_bytes(video)) if torch.is_tensor(video) else video:
-            if self.path.suffix == ".mp4":
-                self.file.write_frame(frame[:len(frame) // 2 * 2, :frame.shape[1] // 2 * 2])
-            else:
-                self.frames.append(frame)
-
-    def __exit__(self, kind, *_):
-        if self.path.suffix == ".mp4":
-            self.file.close()
-        elif kind is None:
-            iio.imwrite(self.part, np.stack(self.frames), plugin="pillow", duration=1000 / self.fps, loop=0)
-        if kind is None:
-            self.part.replace(self.path)
+@contextmanager
+def writer(path, fps=8.0):
+    """A function that appends frames (T, 3, height, width) in [-1, 1], or pictures of them (T, height, width, 3) uint8, to
+    a video: `with writer("out.mp4", 8) as out: out(frames)`. An .mp4 grows frame by frame; a .gif is put together at the
+    end, since its frames share their colours. Either takes its name when it is whole. Raises ValueError for other endings."""
+    path, pictures = Path(path), []
+    if path.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"{path}: videos are written as .mp4 or .gif")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name("." + path.name)
+    try:
+        if path.suffix == ".gif":
+            yield lambda video: pictures.extend(as_pictures(video))
+            iio.imwrite(part, np.stack(pictures), plugin="pillow", duration=1000 / fps, loop=0)
         else:
-            self.part.unlink(missing_ok=True)
+            with iio.imopen(part, "w", plugin="pyav", extension=".mp4") as file:
+                file.init_video_stream("libx264", fps=fps)
+                yield lambda video: [file.write_frame(z[:len(z) // 2 * 2, :z.shape[1] // 2 * 2]) for z in as_pictures(video)]
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+def as_pictures(video):
+    return enlarge(to_bytes(video)) if torch.is_tensor(video) else video
 
 def film(rows, columns=12, labels=(), height=64):
     """Videos (T, 3, height, width) under one another, each with its label, time from left to right, as one picture
@@ -685,15 +634,6 @@ def write(text, height, width=96):
     ImageDraw.Draw(page).multiline_text((4, height / 2), lines, "black", anchor="lm")
     return np.asarray(page)
 
-def draw_table(table, side=24):
-    """A table (rows, columns) of values in [0, 1] as a picture, black for 0 and yellow for 1."""
-    heat = torch.stack([table, table * 0.85, table * 0.2], dim=-1).clamp(0, 1).mul(255).round().byte().cpu().numpy()
-    return np.pad(enlarge(heat, side * len(heat)), ((1, 1), (1, 1), (0, 0)), constant_values=255)
-
-def save_picture(path, picture):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, picture)
-
 def parse(argv):
     parser = Parser("Turn a folder of videos into latents for train.py --data, with Wan 2.1's VAE and text encoder.")
     parser.add_argument("command", choices=["encode"])
@@ -703,7 +643,7 @@ def parse(argv):
     parser.add("--size", (480, 832), "height and width in pixels, multiples of 16 (default 480x832)", type=pixels)
     parser.add("--frames", 81, "length of a clip in frames, 4 n - 3 for n latents", type=number(int, 1))
     parser.add("--fps", 16.0, "read videos at this rate", type=number(float, 0, above=True))
-    parser.add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", type=device_name)
+    parser.add("--device", DEVICES[-1], "where to run", choices=DEVICES)
     args = parser.parse_args(argv)
     if any(side % 16 for side in np.atleast_1d(args.size)):
         raise ValueError(f"--size {args.size}: Wan's height and width are multiples of 16, for instance 480x832")

@@ -12,7 +12,6 @@ Frames are written as they are finished. Without --checkpoint, the latest run un
 """
 import copy
 import json
-import math
 import re
 import sys
 import time
@@ -21,6 +20,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from unittest.mock import patch
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,8 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import routing
-from data import (Parser, Sprites, Wan, Words, Writer, device_name, draw_table, enlarge, film, fold, latest_run,
-                  measure, number, read_video, ruler_table, save_picture, to_bytes, unfold, write)
+from data import (DEVICES, Parser, Sprites, Wan, Words, enlarge, film, fold, latest_run, measure, number,
+                  read_video, ruler_table, to_bytes, unfold, write, writer)
 from model import load_checkpoint
 from rf import Guided, rollout
 from routing import pick
@@ -56,7 +56,7 @@ def parse(argv):
     add("--sink", 0, "how many of these are the first frames of all", type=natural)
     add("--samples", 1, "videos per prompt", type=positive)
     add("--seed", 0, "of the noise", type=natural)
-    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", type=device_name)
+    add("--device", DEVICES[-1], "where to run", choices=DEVICES)
     add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
     add("--videos", 64, "how many, for --eval", type=positive)
@@ -73,27 +73,22 @@ def settle(args, model):
                         ("window", min(run["frames"] // chunk - 1, (model.config.window or run["frames"]) + 1))):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.frames % chunk:
-        raise ValueError(f"--frames {args.frames} is not divisible by the chunk, {chunk}; "
-                         f"{-(-args.frames // chunk) * chunk} would work")
-    measured = args.eval or args.compare
-    if measured and args.frames < 3 * chunk:
-        raise ValueError(f"--frames {args.frames}: two of {chunk} are given, so that {3 * chunk} or more can be measured")
-    if measured and (args.prompts or args.given or args.then or args.routing):
-        raise ValueError("--eval and --compare continue held-out clips by their own captions; leave out prompts, --given, --then "
-                         "and --routing")
-    if args.window and args.sink >= args.window:
-        raise ValueError(f"--sink {args.sink} leaves no room in --window {args.window}; it must be smaller")
-    if args.routing and model.config.top_k is None:
-        raise ValueError("--routing needs a model that routes: train one with --top-k, for instance --top-k 5")
-    if not pixels and not args.wan and not measured:
-        raise ValueError("this model makes latents: --wan PATH names the VAE and the text encoder that they belong to")
-    if pixels and args.wan:
-        raise ValueError("--wan: this model makes pixels itself, and needs no VAE")
-    for at, _ in args.then:
-        if not at.isdigit() or not 0 < int(at) < args.frames or int(at) % chunk:
-            raise ValueError(f"--then {at}: wanted a frame's number between {chunk} and {args.frames - chunk}, "
-                             f"divisible by the chunk, {chunk}")
+    measured, routed = args.eval or args.compare, model.config.top_k is not None
+    misplaced = [at for at, _ in args.then if not at.isdigit() or not 0 < int(at) < args.frames or int(at) % chunk]
+    for wrong, why in (
+            (args.frames % chunk, f"--frames {args.frames} is not divisible by the chunk, {chunk}; "
+                                  f"{-(-args.frames // chunk) * chunk} would work"),
+            (measured and args.frames < 3 * chunk, f"--frames {args.frames}: two of {chunk} are given, so that {3 * chunk} or "
+                                                   "more can be measured"),
+            (measured and (args.prompts or args.given or args.then or args.routing), "--eval and --compare continue held-out "
+             "clips by their own captions; leave out prompts, --given, --then and --routing"),
+            (args.window and args.sink >= args.window, f"--sink {args.sink} leaves no room in --window {args.window}; it must be smaller"),
+            (args.routing and not routed, "--routing needs a model that routes: train one with --top-k, for instance --top-k 5"),
+            (not (pixels or args.wan or measured), "this model makes latents: --wan PATH names the VAE and text encoder they belong to"),
+            (pixels and args.wan, "--wan: this model makes pixels itself, and needs no VAE"),
+            (misplaced, f"--then {' '.join(misplaced)}: wanted a frame's number between {chunk} and {args.frames - chunk}, divisible by {chunk}")):
+        if wrong:
+            raise ValueError(why)
     return args
 
 def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, window=None, sink=0, seed=0, null=None):
@@ -151,38 +146,29 @@ def first_frames(args, model, wan):
                          f"than --frames {args.frames}; --given-frames takes some of them")
     return fold(clip[:, :clip.shape[1] // chunk * chunk], chunk)
 
-def read_prompts(args, model, wan, texts):
-    """[(frame, [prompt, ...])] -> [(frame in chunks, c (B, L, text_dim))], and the c that guidance leads away from."""
-    words = Words(*model.run["words"]) if not wan else None
-    if words:
-        words.rows = max(len(words(prompt)) for _, several in texts for prompt in several)
-    read = wan.text if wan else lambda several: torch.stack([words(prompt) for prompt in several])
-    cs = [(at // model.config.chunk, read(several).to(args.device)) for at, several in texts]
-    return cs, wan and wan.text([args.negative]).to(args.device)
-
 def make(args, model):
     """Prompts to files."""
     wan, chunk = args.wan and Wan(args.wan, args.device), model.config.chunk
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
     texts = [(0, prompts)] + sorted((int(at), [prompt] * len(prompts)) for at, prompt in args.then)
-    cs, null = read_prompts(args, model, wan, texts)
+    cs = [(at // chunk, (wan or Words(*model.run["words"])).text(several).to(args.device)) for at, several in texts]
     given = first_frames(args, model, wan).expand(len(prompts), -1, -1, -1, -1).to(args.device)
     files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())[:60]}-{args.seed}-{i}"
                            for i, prompt in enumerate(prompts)])
     show, shares, sampling, showing, small = wan.decoder() if wan else torch.Tensor.cpu, [], [], [], []
-    frames = generate(model, cs, given, args.frames // chunk, **options(args), null=null)
+    frames = generate(model, cs, given, args.frames // chunk, **options(args), null=wan and wan.text([args.negative]).to(args.device))
     videos = timed(map(show, timed((unfold(frame, chunk).cpu() for frame in frames), sampling)), showing)
     before = [show(unfold(given, chunk))] if given.shape[1] else []
     with ExitStack() as stack:
-        writers = [stack.enter_context(Writer(path, 16 if wan else model.run["rate"])) for path in files]
+        outs = [stack.enter_context(writer(path, 16 if wan else model.run["rate"])) for path in files]
         if args.routing:
             stack.enter_context(recorded_picks(shares))
         for video in tqdm(chain(before, videos), "frames", len(before) + args.frames // chunk - given.shape[1], dynamic_ncols=True):
-            for writer, clip in zip(writers, video):
-                writer(clip)
+            for out, clip in zip(outs, video):
+                out(clip)
             small.append(thumbnails(video))
     sheet = files[0].with_suffix(".png") if len(files) == 1 else files[0].with_name("sheet.png")
-    save_picture(sheet, film(torch.cat(small, dim=1), 16, prompts))
+    iio.imwrite(sheet, film(torch.cat(small, dim=1), 16, prompts))
     count = sum(video.shape[1] for video in small[len(before):])
     print_speed(args, f"{len(files)} x {count} new frames", len(files) * count, sampling, showing)
     print("\n".join(f"{path}: {prompt or 'no prompt'}" for path, prompt in zip(files, prompts)) + f"\nall of them: {sheet}")
@@ -233,7 +219,8 @@ def show_routing(shares, layers, path):
     print(f"how often the last frame picks each history frame (columns: frame 0 to {share.shape[1] - 1}):")
     for i, row in enumerate(share):
         print(f"{f'layer {i}' if i < layers else 'mean':>8} " + " ".join(f"{z:4.2f}" for z in row.tolist()))
-    save_picture(path, draw_table(share))
+    heat = (share[..., None] * torch.tensor([255, 217, 51])).round().byte().numpy()  # black for 0, yellow for 1
+    iio.imwrite(path, np.pad(enlarge(heat, 24 * len(heat)), ((1, 1), (1, 1), (0, 0)), constant_values=255))
     print(f"as a picture, the mean last: {path}")
 
 def evaluate(args, model):
@@ -262,8 +249,7 @@ def evaluate(args, model):
     print(ruler_table(scores))
     path = samples_of(args.checkpoint) / scores_name(args)
     path.parent.mkdir(exist_ok=True)
-    frames = [[None if math.isnan(z) else z for z in row] for row in scores.nanmean(0).tolist()]
-    path.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "frames": frames}))
+    path.write_text(json.dumps({"args": vars(args), "frames": scores.nanmean(0).tolist()}, default=str))
     return truth, made
 
 def scores_name(args):
@@ -274,14 +260,13 @@ def compare(path, videos, fps):
     longest = max(video.shape[1] for video in videos.values())
     rows = torch.stack([F.pad(video, (0, 0) * 3 + (0, longest - video.shape[1]), value=1.0) for video in videos.values()])
     rows = rows if rows.shape[3] == 3 else rows[:, :, :, :3] / 3  # of latents, three channels
-    clips = rearrange(rows, "r b t c h w -> (b r) t c h w")
-    save_picture(path.with_suffix(".png"), film(clips, 16, [*videos] * rows.shape[1]))
     frames = enlarge(to_bytes(rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")), 72 * len(rows))
     if rows.shape[-1] <= 32:  # sprites are flat: their noise would be most of the file
         frames = np.minimum((frames.astype(int) + 16) // 32 * 32, 255).astype(np.uint8)
     names = np.concatenate([write(name, frames.shape[1] // len(rows)) for name in videos])
-    with Writer(path.with_suffix(".gif"), fps) as out:
+    with writer(path.with_suffix(".gif"), fps) as out:
         out(np.concatenate([np.broadcast_to(names, (len(frames), *names.shape)), frames], axis=2))
+    iio.imwrite(path.with_suffix(".png"), film(rearrange(rows, "r b t c h w -> (b r) t c h w"), 16, [*videos] * rows.shape[1]))
 
 def print_tables(args):
     """What --eval wrote, per third: mean ± standard error over the seeds of a name."""
@@ -291,12 +276,10 @@ def print_tables(args):
         if not path.is_file():
             raise ValueError(f"there is no {path}; python sample.py --eval {'--true-history ' * args.true_history}--checkpoint "
                              f"{run} writes it")
-        frames = [[math.nan if z is None else z for z in row] for row in json.loads(path.read_text())["frames"]]
-        groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(frames)
+        groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(json.loads(path.read_text())["frames"])
     for name, frames in groups.items():
         if len({len(video) for video in frames}) > 1:
-            raise ValueError(f"the seeds of {name} were measured on {', '.join(str(len(video)) for video in frames)} frames; "
-                             "measure them again with one --frames")
+            raise ValueError(f"the seeds of {name} were measured on {', '.join(map(str, map(len, frames)))} frames; wanted one --frames")
         print(f"{name}, {len(frames)} seed{'s' * (len(frames) > 1)}\n{ruler_table(torch.tensor(frames))}")
 
 def main(argv):

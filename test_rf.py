@@ -28,7 +28,7 @@ import rf
 import routing
 import sample
 import train
-from data import Latents, Sprites, Videos, Words, Writer, fold, measure, read_video, unfold
+from data import Latents, Sprites, Videos, Words, fold, measure, read_video, unfold, writer
 from model import PRESETS, CausalDiT, Config, load_checkpoint
 from rf import HISTORY, Guided, add_noise, flow_matching_loss, logit_normal, rollout, self_resample, shift
 from routing import attend, attend_masked, route, sparse_causal_mask
@@ -531,22 +531,22 @@ def write_tiny_wan(folder):
     pytest.importorskip("ftfy", reason="pip install ftfy, which cleans Wan's prompts")
     import tokenizers
     torch.manual_seed(0)
-    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
+    vae = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1)
     config = transformers.UMT5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu")
-    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "a", "red", "boat"))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>").save_pretrained(folder / "tokenizer")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    diffusers.WanPipeline(tokenizer, transformers.UMT5EncoderModel(config), vae,
+                          diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
     return folder
 
 
 def test_from_mp4_to_latents_to_a_model_and_back(tmp_path, capsys):
     wan = write_tiny_wan(tmp_path / "wan")
     for name, frames in (("long", 20), ("short", 5)):
-        with Writer(tmp_path / "clips" / f"{name}.mp4", 16) as out:
+        with writer(tmp_path / "clips" / f"{name}.mp4", 16) as out:
             out(torch.rand(frames, 3, 48, 72) * 2 - 1)
     (tmp_path / "clips/long.txt").write_text("a red boat")
     (tmp_path / "clips/bad.mp4").write_text("no video")
@@ -569,7 +569,7 @@ def test_from_mp4_to_latents_to_a_model_and_back(tmp_path, capsys):
                  "--given", str(tmp_path / "clips/long.mp4"), "--given-frames", "5", "--out", str(tmp_path / "out.mp4")])
     assert "with the VAE's decoding" in capsys.readouterr().out
     assert len(iio.imread(tmp_path / "out.mp4", plugin="pyav")) == 13, "two latents given and two made: 4 n - 3 frames"
-    for flags, wanted in ((["--wan", str(tmp_path / "clips")], "has no folder vae/"), ([], "--wan PATH names the VAE")):
+    for flags, wanted in ((["--wan", str(tmp_path / "clips")], "holds no model_index.json"), ([], "--wan PATH names the VAE")):
         with pytest.raises(ValueError, match=wanted):
             sample.main(["a red boat", "--checkpoint", str(tmp_path / "run"), *flags])
 
@@ -581,7 +581,7 @@ def test_decoding_as_latents_come_is_decoding_all_at_once(tmp_path):
     one, several = wan.decoder(), wan.decoder()
     assert latents.shape == (1, 3, 16, 4, 6) and one(latents).shape == video.shape
     parts = [several(latents[:, :1]), several(latents[:, 1:])]
-    whole = wan.vae.decode((latents.transpose(1, 2) * wan.std + wan.mean)).sample.transpose(1, 2).clamp(-1, 1)
+    whole = wan.pipe.vae.decode((latents.transpose(1, 2) * wan.std + wan.mean)).sample.transpose(1, 2).clamp(-1, 1)
     assert [part.shape[1] for part in parts] == [1, 8] and close(torch.cat(parts, 1), whole, 1e-5)
 
 
@@ -1029,7 +1029,7 @@ def test_prompts_become_videos_of_any_length(trained, tmp_path, capsys):
 
 def test_a_clip_is_continued_and_the_prompt_switched(trained, tmp_path):
     clip_path = tmp_path / "clip.gif"
-    with Writer(clip_path, 8) as out:
+    with writer(clip_path, 8) as out:
         out(Sprites(size=8).video(3, 6))
     sample.main(["red circle", "--then", "8", "blue square", "--given", str(clip_path), "--checkpoint", str(trained), "--out",
                  str(tmp_path / "on.gif"), "--frames", "10", "--steps", "2"])
@@ -1100,10 +1100,10 @@ def clips(tmp_path):
     """A folder of small videos in four formats, one caption, one short and one broken file."""
     folder = tmp_path / "clips"
     for i, name in enumerate(("a.mp4", "b.gif", "c.mp4")):
-        with Writer(folder / name, 10) as out:
+        with writer(folder / name, 10) as out:
             out(Sprites(size=16).video(i, 14))
     (folder / "a.txt").write_text("A red Circle, moving")
-    with Writer(folder / "short.gif", 10) as out:
+    with writer(folder / "short.gif", 10) as out:
         out(Sprites(size=16).video(7, 3))
     (folder / "broken.mp4").write_bytes(b"not a video at all")
     return folder
@@ -1242,7 +1242,7 @@ def test_bad_flags_are_one_line(flags, capsys):
 ])
 def test_bad_input_to_sampling(flags, message, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with Writer("clip.gif") as out:
+    with writer("clip.gif") as out:
         out(Sprites(size=8).video(0, 5))
     with pytest.raises(ValueError, match=message):
         sample.main([*flags, "--checkpoint", str(trained), "--steps", "1"])

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import count
@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import rf
 import sample
-from data import Parser, Sprites, device_name, fold, latest_run, number, open_data, pixels
-from model import PRESETS, CausalDiT, load_wan, read_checkpoint
+from data import DEVICES, Parser, fold, latest_run, number, open_data, pixels
+from model import PRESETS, CausalDiT, load_checkpoint, load_wan, read_checkpoint
 from rf import HISTORY, flow_matching_loss
 from sample import compare, extend, timed
 
@@ -93,7 +93,7 @@ def parse(argv):
     add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--recompute", False, "run each block again in backward instead of keeping what it made: less memory", action="store_true")
     add("--fsdp", False, "with torchrun: weights, gradients and moments spread over the processes", action="store_true")
-    add("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", type=device_name)
+    add("--device", DEVICES[-1], "where to run", choices=DEVICES)
     add("--dry-run", False, "say what a run would cost, and do nothing", action="store_true")
     add("--gpus", 1, "for --dry-run: how many devices share the batch", type=positive)
     add("--gpu-memory", 141.0, "for --dry-run: GiB on each", type=plus)
@@ -110,7 +110,7 @@ def parse(argv):
         args = parser.parse_args(argv + ["--out", str(args.out)])
     if args.frames is None:
         args.frames = whole_chunks(10, args.chunk or PRESETS[args.preset].chunk)
-    args.precision = args.precision or ("bf16" if "cuda" in str(args.device) else "fp32")
+    args.precision = args.precision or ("bf16" if "cuda" in args.device or args.dry_run else "fp32")
     return args
 
 def whole_chunks(frames, chunk):
@@ -137,8 +137,10 @@ def streams(seed, indices, device):
 def launch(args):
     """(rank, number of processes, device); joins the group if torchrun started this process."""
     device = torch.device(args.device)
+    if args.dry_run:
+        return 0, args.gpus, torch.device("cuda")
     if "RANK" not in os.environ:
-        if args.fsdp and not args.dry_run:
+        if args.fsdp:
             raise ValueError("--fsdp spreads a network over processes: start it with torchrun --nproc-per-node N train.py --fsdp")
         return 0, 1, device
     if device.type == "cuda":
@@ -176,10 +178,8 @@ def configure(args, data, world):
 
 def make_optimizer(net, lr):
     """AdamW, with weight decay on matrices only: not on biases, norms and modulation."""
-    decayed = [p for name, p in net.named_parameters() if p.dim() == 2]
-    others = [p for name, p in net.named_parameters() if p.dim() != 2]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-                             lr=lr, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": [p for p in net.parameters() if (p.dim() == 2) == (decay > 0)], "weight_decay": decay} for decay in (0.01, 0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 def learning_rate(step, args):
     if step < args.lr_warmup:
@@ -286,17 +286,6 @@ def alone(model, more):
         model.set_requires_gradient_sync(not more)
     return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
 
-def whole(net):
-    """A network that can be used by one process: itself, or gathered from all, who must ask together."""
-    if not isinstance(net, FSDPModule):
-        return net
-    state = get_model_state_dict(net, options=WHOLE)
-    if not state:
-        return None
-    one = CausalDiT(net.config).to(next(net.parameters()).device).eval().requires_grad_(False)
-    one.load_state_dict(state)
-    return one
-
 def learn(model, net, video, c, method, args):
     """Algorithm 1 on one batch: (loss, seconds that the history took). model is net as the loss calls it, perhaps
     spread over processes; the history is redrawn by the bare net, with the weights being trained."""
@@ -364,15 +353,11 @@ def update(net, ema, optimizer, loss, step, args):
 def main(argv):
     args = parse(argv)
     rank, world, device = launch(args)
-    if args.dry_run:
-        rank, world, device, args.precision = 0, args.gpus, torch.device("cuda"), "bf16"
-    data = None
-    if not args.dry_run or args.preset not in RECIPES:
-        data = open_data(args.data, args.frames, args.size, args.seed, args.fps, args.stride, args.objects, args.wall,
-                         args.withheld)
+    data = None if args.dry_run and args.preset in RECIPES else open_data(args)
     config = configure(args, data, world)
     if args.dry_run:
         return announce(args, config, data, 0, world, device)
+    test = open_data(args, "test") if args.data == "sprites" else data  # to look at: of a folder, its first clips
     net, ema, optimizer, start = build(args, config, device)
     if args.compile:
         net.compile_blocks()
@@ -395,45 +380,36 @@ def main(argv):
             log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm, "history": method.__name__,
                  "seconds": taken, "history_seconds": seconds, "data_seconds": waits.pop()})
             bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / taken:.0%} of the time")
-        if step % args.sample_every == 0 or step == args.steps:
-            one = whole(ema)
-            if rank == 0:
-                with precision(args, device):
-                    log({"step": step} | look(one, data, args, device, step))
-        if step % args.save_every == 0 or step == args.steps or stop:
+        show = step % args.sample_every == 0 or step == args.steps
+        if show or step % args.save_every == 0 or stop:
             save(net, ema, optimizer, step, args, rank)
+        if show and rank == 0:
+            with precision(args, device):
+                log({"step": step} | look(load_checkpoint(args.out).to(device), test, args, step))
         if stop:
             break
     bar.close()
     for sign, handler in before.items():
         signal.signal(sign, handler)
-    one = whole(ema) if step == args.steps else None
-    if rank == 0:
-        if step < args.steps:
-            print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
-        else:
-            with precision(args, device):
-                finish(one, data, args, device)
+    if rank == 0 and step < args.steps:
+        print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
+    elif rank == 0:
+        with precision(args, device):
+            finish(test, args, config, device)
     if world > 1:
         dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
         dist.destroy_process_group()
-
-def claimed(folder):
-    """Whether the folder is new, and ours alone."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    return True
 
 def open_out(args, start, rank, world):
     """The run's folder, made, never one that holds another run; and a function that appends to its log."""
     if rank == 0:
         if args.out is None:
-            args.out = next(path for i in count(1) if claimed(path := Path(f"runs/{i:03d}")))
+            for args.out in (Path(f"runs/{i:03d}") for i in count(1)):
+                with suppress(FileExistsError):  # another run may take the name first
+                    args.out.mkdir(parents=True)
+                    break
         if not args.resume and (args.out.is_file() or any(args.out.glob("*.json*"))):
-            raise ValueError(f"--out {args.out} already holds another run; add --resume to go on with it, or name a new "
-                             "folder")
+            raise ValueError(f"--out {args.out} already holds another run; add --resume to go on with it, or name a new folder")
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -505,45 +481,37 @@ def print_plan(args, world, teacher, resample, parts):
           f"per resampling step ({seconds[1] / seconds[0]:.2f} x), {np.dot(seconds, (args.steps - later, later)) / 3600:,.0f} "
           f"hours for {args.steps:,} steps")
 
-def continue_clips(net, data, frames, args, device):
+def continue_clips(net, test, frames, args):
     """Four clips (4, T, ...) and what the model makes of their first frames (4, frames, ...).
     The window is that of training, so that no relative position is new however long the rollout."""
-    truth, c = (z.to(device) for z in default_collate([data[i] for i in range(4)]))
+    truth, c = (z.to(net.patch_embedding.weight.device) for z in default_collate([test[i] for i in range(4)]))
     length = args.frames // net.config.chunk
     made = extend(net, truth, c, frames, 2 if length > 2 else 1, steps=args.sample_steps, time_shift=args.sample_shift,
                   guidance=args.guidance, window=length - 1)
     return {"truth": truth.cpu(), "rollout": made}
 
-def held_out(data, args):
-    """Clips to look at: of sprites, ones that training never sees; of a folder, its first."""
-    kind = args.size, args.frames, args.seed, "test", args.objects, args.wall, args.withheld
-    return Sprites(*kind) if args.data == "sprites" else data
-
-def look(ema, data, args, device, step):
+def look(net, test, args, step):
     """Pictures of continued clips, truth above and rollout below. Returns the loss under teacher forcing on them."""
-    test = held_out(data, args)
-    compare(args.out / "samples" / f"step_{step:06d}", continue_clips(ema, test, args.frames, args, device), data.fps)
-    losses = []
+    compare(args.out / "samples" / f"step_{step:06d}", continue_clips(net, test, args.frames, args), test.fps)
+    losses, device = [], net.patch_embedding.weight.device
     for i in range(16):
         x, c = (z[None].to(device) for z in test[i])
-        x = fold(x, ema.config.chunk)
+        x = fold(x, net.config.chunk)
         with torch.no_grad(), streams(0, [i], device):
-            losses.append(flow_matching_loss(ema, x, c, x[:, :-1], args.time_shift).item())
+            losses.append(flow_matching_loss(net, x, c, x[:, :-1], args.time_shift).item())
     return {"held_out_loss": np.mean(losses)}
 
-def finish(ema, data, args, device):
+def finish(test, args, config, device):
     """The end of a run: clips continued to four times the training length, and measured where there is a ruler."""
-    path, frames = args.out / "samples" / "final", 4 * args.frames
+    path, frames, prompt = args.out / "samples" / "final", 4 * args.frames, ""
     if args.data == "sprites":
         print("held-out clips continued to four times the training length, 0 to 100 (truth itself is near 100):")
-        flags = f"--frames {frames} --steps {args.sample_steps} --time-shift {args.sample_shift} --guidance {args.guidance}"
-        sample.main(["--eval", "--videos", "16", f"--checkpoint={args.out}", f"--out={path}.gif", f"--device={args.device}",
-                     *flags.split()])
+        sample.main(["--eval", "--videos=16", f"--checkpoint={args.out}", f"--out={path}.gif", f"--device={args.device}", f"--frames={frames}",
+                     f"--steps={args.sample_steps}", f"--time-shift={args.sample_shift}", f"--guidance={args.guidance}"])
+        prompt = f' "{test.caption(0)}"'
     else:
-        compare(path, continue_clips(ema, data, frames, args, device), data.fps)
-    print(speeds(args, ema.config, device))
-    prompt = f' "{held_out(data, args).caption(0)}"' if args.data == "sprites" else ""
-    print(f"look at {path}.gif and {path}.png (truth above, rollout below), then try\n"
+        compare(path, continue_clips(load_checkpoint(args.out).to(device), test, frames, args), test.fps)
+    print(f"{speeds(args, config, device)}\nlook at {path}.gif and {path}.png (truth above, rollout below), then try\n"
           f"  python sample.py{prompt} --checkpoint {args.out}")
 
 def speeds(args, config, device):
