@@ -57,6 +57,8 @@ def number(kind, low, high=1e30, above=False):
         raise argparse.ArgumentTypeError(f"got {text}, wanted {'a whole' if kind is int else 'a'} number {wanted}")
     return read
 
+natural, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
+amount, plus = number(float, 0), number(float, 0, above=True)
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["cuda"] * torch.cuda.is_available()]
 
 def pixels(text):
@@ -641,8 +643,8 @@ def parse(argv):
     parser.add_argument("out", type=Path, help="a folder for the .npz files")
     parser.add("--wan", None, "a diffusers folder of Wan 2.1, with vae/, text_encoder/ and tokenizer/", type=Path, required=True)
     parser.add("--size", (480, 832), "height and width in pixels, multiples of 16 (default 480x832)", type=pixels)
-    parser.add("--frames", 81, "length of a clip in frames, 4 n - 3 for n latents", type=number(int, 1))
-    parser.add("--fps", 16.0, "read videos at this rate", type=number(float, 0, above=True))
+    parser.add("--frames", 81, "length of a clip in frames, 4 n - 3 for n latents", type=positive)
+    parser.add("--fps", 16.0, "read videos at this rate", type=plus)
     parser.add("--device", DEVICES[-1], "where to run", choices=DEVICES)
     args = parser.parse_args(argv)
     if any(side % 16 for side in np.atleast_1d(args.size)):

@@ -29,15 +29,14 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import routing
-from data import (DEVICES, Parser, Sprites, Wan, Words, enlarge, film, fold, latest_run, measure, number,
-                  read_video, ruler_table, to_bytes, unfold, write, writer)
+from data import (DEVICES, Parser, Sprites, Wan, Words, amount, enlarge, film, fold, latest_run, measure, natural, plus,
+                  positive, read_video, ruler_table, to_bytes, unfold, write, writer)
 from model import load_checkpoint
 from rf import Guided, rollout
 from routing import pick
 
 def parse(argv):
-    parser, natural, positive = Parser(__doc__), number(int, 0), number(int, 1)
-    amount, plus = number(float, 0), number(float, 0, above=True)
+    parser = Parser(__doc__)
     add = parser.add
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show; none: nothing is said")
     add("--checkpoint", None, "a run's folder, or its ckpt.pt (default: the latest under runs/)", type=Path)
@@ -51,8 +50,7 @@ def parse(argv):
     add("--wan", None, "for a model of latents: a diffusers folder with Wan's VAE and text encoder", type=Path)
     add("--negative", Wan.NEGATIVE, "with --wan: what guidance leads away from (default: Wan's own negative prompt)")
     add("--then", [], "from frame FRAME on follow PROMPT; may be repeated", nargs=2, action="append", metavar=("FRAME", "PROMPT"))
-    add("--window", None, "history frames in sight, so that long videos stay cheap and familiar (default: as in "
-        "training; 0: all)", type=natural)
+    add("--window", None, "history frames in sight, to stay cheap and familiar (default: as in training; 0: all)", type=natural)
     add("--sink", 0, "how many of these are the first frames of all", type=natural)
     add("--samples", 1, "videos per prompt", type=positive)
     add("--seed", 0, "of the noise", type=natural)
@@ -73,20 +71,18 @@ def settle(args, model):
                         ("window", min(run["frames"] // chunk - 1, (model.config.window or run["frames"]) + 1))):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    measured, routed = args.eval or args.compare, model.config.top_k is not None
-    misplaced = [at for at, _ in args.then if not at.isdigit() or not 0 < int(at) < args.frames or int(at) % chunk]
+    measured, at = args.eval or args.compare, [at for at, _ in args.then]
     for wrong, why in (
-            (args.frames % chunk, f"--frames {args.frames} is not divisible by the chunk, {chunk}; "
-                                  f"{-(-args.frames // chunk) * chunk} would work"),
-            (measured and args.frames < 3 * chunk, f"--frames {args.frames}: two of {chunk} are given, so that {3 * chunk} or "
-                                                   "more can be measured"),
-            (measured and (args.prompts or args.given or args.then or args.routing), "--eval and --compare continue held-out "
-             "clips by their own captions; leave out prompts, --given, --then and --routing"),
+            (args.frames % chunk, f"--frames {args.frames}: wanted a multiple of the chunk, {-(-args.frames // chunk) * chunk} would work"),
+            (measured and args.frames < 3 * chunk, f"--frames {args.frames}: two of {chunk} are given, so that {3 * chunk} can be measured"),
+            (measured and (args.prompts or args.given or args.then or args.routing),
+             "--eval and --compare continue held-out clips by their captions; leave out prompts, --given, --then and --routing"),
             (args.window and args.sink >= args.window, f"--sink {args.sink} leaves no room in --window {args.window}; it must be smaller"),
-            (args.routing and not routed, "--routing needs a model that routes: train one with --top-k, for instance --top-k 5"),
+            (args.routing and not model.config.top_k, "--routing needs a model that routes: train one with --top-k, for instance 5"),
             (not (pixels or args.wan or measured), "this model makes latents: --wan PATH names the VAE and text encoder they belong to"),
             (pixels and args.wan, "--wan: this model makes pixels itself, and needs no VAE"),
-            (misplaced, f"--then {' '.join(misplaced)}: wanted a frame's number between {chunk} and {args.frames - chunk}, divisible by {chunk}")):
+            (not set(at) <= set(map(str, range(chunk, args.frames, chunk))),
+             f"--then {' '.join(at)}: wanted a frame's number below --frames {args.frames} and divisible by the chunk, {chunk}")):
         if wrong:
             raise ValueError(why)
     return args
@@ -137,13 +133,14 @@ def first_frames(args, model, wan):
     size, shape = (run["height"], run["width"]), (1, 0, chunk * model.config.channels, run["height"], run["width"])
     if args.given is None:
         return torch.zeros(shape)
-    clip = read_video(args.given, (8 * size[0], 8 * size[1]) if wan else size, 16 if wan else run["fps"],
-                      1 if wan else run["stride"], args.given_frames)[None]
     if wan:
+        clip = read_video(args.given, (8 * size[0], 8 * size[1]), 16, 1, args.given_frames)[None]
         clip = wan.encode(clip[:, :(clip.shape[1] + 3) // 4 * 4 - 3]).cpu()
+    else:
+        clip = read_video(args.given, size, run["fps"], run["stride"], args.given_frames)[None]
     if clip.shape[1] < chunk or clip.shape[1] >= args.frames:
-        raise ValueError(f"--given {args.given} makes {clip.shape[1]} frames; wanted at least one chunk, {chunk}, and fewer "
-                         f"than --frames {args.frames}; --given-frames takes some of them")
+        raise ValueError(f"--given {args.given} makes {clip.shape[1]} frames; wanted {chunk} or more, and fewer than --frames "
+                         f"{args.frames}; --given-frames takes some of them")
     return fold(clip[:, :clip.shape[1] // chunk * chunk], chunk)
 
 def make(args, model):
@@ -166,7 +163,8 @@ def make(args, model):
         for video in tqdm(chain(before, videos), "frames", len(before) + args.frames // chunk - given.shape[1], dynamic_ncols=True):
             for out, clip in zip(outs, video):
                 out(clip)
-            small.append(thumbnails(video))
+            tiles = max(1, video.shape[-2] // 64)  # small pictures are all that is kept of a long video
+            small.append(F.avg_pool2d(video.flatten(0, 1), tiles).unflatten(0, video.shape[:2]))
     sheet = files[0].with_suffix(".png") if len(files) == 1 else files[0].with_name("sheet.png")
     iio.imwrite(sheet, film(torch.cat(small, dim=1), 16, prompts))
     count = sum(video.shape[1] for video in small[len(before):])
@@ -182,13 +180,6 @@ def timed(items, seconds):
         seconds.append(time.perf_counter() - begin)
         yield item
         begin = time.perf_counter()
-
-def thumbnails(video):
-    """Small copies (B, T, 3, 64 or less, width) for a contact sheet: all that is kept in memory of a long video."""
-    height, width = video.shape[-2:]
-    if height <= 64:
-        return video
-    return F.interpolate(video.flatten(0, 1), (64, 64 * width // height), mode="area").unflatten(0, video.shape[:2])
 
 def print_speed(args, what, count, sampling, showing):
     """Frames per second; sampling and showing: seconds per frame, without and with the VAE's decoding."""
@@ -230,7 +221,7 @@ def evaluate(args, model):
     if run["data"] != "sprites":
         raise ValueError(f"--eval needs a model of sprites, whose world is exactly known; this one learned {run['data']}")
     test = Sprites(run["size"], args.frames, 0, "test", run["objects"], run["wall"], run["withheld"])
-    N, given, truths, rollouts = args.frames // chunk, 2, [], []
+    N, given, clips = args.frames // chunk, 2, []
     parts = [(n, n + 1) for n in range(given, N)] if args.true_history else [(given, N)]
     for i in tqdm(range(0, args.videos, 16), "batches", dynamic_ncols=True):
         truth, c = (z.to(args.device) for z in default_collate([test[j] for j in range(i, min(i + 16, args.videos))]))
@@ -240,13 +231,11 @@ def evaluate(args, model):
             settings = options(args) | {"seed": args.seed + i + start}
             video = extend(model, truth[:, (start - known) * chunk:], c, (end - start + known) * chunk, known, **settings)
             made.append(video[:, known * chunk:])
-        truths.append(truth.cpu())
-        rollouts.append(torch.cat(made, dim=1))
-    truth, made = torch.cat(truths), torch.cat(rollouts)
+        clips.append((truth.cpu(), torch.cat(made, dim=1)))
+    truth, made = map(torch.cat, zip(*clips))
     scores = measure(made, [test.caption(j) for j in range(len(made))], run["wall"])
     print(f"{len(scores)} held-out videos, {args.frames} frames, the first {given * chunk} given, window "
-          f"{args.window or 'none'}, {args.steps} steps" + (", on true history" if args.true_history else ""))
-    print(ruler_table(scores))
+          f"{args.window or 'none'}, {args.steps} steps" + ", on true history" * args.true_history + "\n" + ruler_table(scores))
     path = samples_of(args.checkpoint) / scores_name(args)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"args": vars(args), "frames": scores.nanmean(0).tolist()}, default=str))
@@ -274,8 +263,7 @@ def print_tables(args):
     for run in args.table:
         path = samples_of(run) / scores_name(args)
         if not path.is_file():
-            raise ValueError(f"there is no {path}; python sample.py --eval {'--true-history ' * args.true_history}--checkpoint "
-                             f"{run} writes it")
+            raise ValueError(f"no {path}; python sample.py --eval {'--true-history ' * args.true_history}--checkpoint {run} writes it")
         groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(json.loads(path.read_text())["frames"])
     for name, frames in groups.items():
         if len({len(video) for video in frames}) > 1:

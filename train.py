@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import rf
 import sample
-from data import DEVICES, Parser, fold, latest_run, number, open_data, pixels
+from data import DEVICES, Parser, amount, fold, latest_run, natural, number, open_data, pixels, plus, positive, share
 from model import PRESETS, CausalDiT, load_checkpoint, load_wan, read_checkpoint
 from rf import HISTORY, flow_matching_loss
 from sample import compare, extend, timed
@@ -43,25 +43,21 @@ PAPER = dict(frames=21, size=(480, 832), warmup=10_000, steps=25_000, batch=64, 
 RECIPES = {"wan-1.3b": PAPER, "wan-14b": PAPER}  # what a preset changes in the other flags' defaults
 
 def parse(argv):
-    parser, natural, positive = Parser(__doc__), number(int, 0), number(int, 1)
-    share, amount, plus = number(float, 0, 1), number(float, 0), number(float, 0, above=True)
+    parser = Parser(__doc__)
     add = parser.add
     add("--data", "sprites", 'what to learn: "sprites", a folder of videos, or one of latents (.npz)')
     add("--out", None, "the run's folder (default: a new numbered one under runs/)", type=Path)
-    add("--frames", None, "length of a training clip, in frames (latent frames, for latents; default: 10, or more for whole "
-        "chunks; the paper's, with a preset of its size)", type=positive)
+    add("--frames", None, "length of a training clip (default: 10, or more for whole chunks; 21 latents at Wan's size)", type=positive)
     add("--size", 16, "height and width in pixels, or HEIGHTxWIDTH", type=pixels)
-    add("--chunk", None, "latent frames in a frame, the autoregressive unit (default: the preset's; the paper: 3)", type=positive)
     add("--fps", 0.0, "read videos at this rate; 0: each at its own", type=amount)
     add("--stride", 1, "take every so manieth frame of a video", type=positive)
     add("--objects", 2, "sprites in a clip", type=positive)
     add("--wall", False, "sprites pass behind a wall", action="store_true")
     add("--withheld", 0.0, "share of the sprite clips without a caption", type=share)
     add("--preset", "toy", "size of the network", choices=PRESETS)
-    add("--dim", None, "width of the network, a quarter of its MLPs' (default: the preset's)", type=positive)
-    add("--heads", None, "attention heads (default: the preset's)", type=positive)
-    add("--layers", None, "blocks (default: the preset's)", type=positive)
-    add("--patch", None, "pixels along a side of a token (default: the preset's)", type=positive)
+    for flag, what in (("--dim", "width of the network, a quarter of its MLPs'"), ("--heads", "attention heads"), ("--layers", "blocks"),
+                       ("--patch", "pixels along a side of a token"), ("--chunk", "latent frames in a frame, the paper: 3")):
+        add(flag, None, f"{what} (default: the preset's)", type=positive)
     add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
     add("--window", None, "history frames in sight, also in training (default: all)", type=positive)
     add("--history", "resample", "what the frames see of their past, after the warm-up (Table 2)", choices=HISTORY)
@@ -130,9 +126,9 @@ def streams(seed, indices, device):
                 fill(row, generator=generator)
             return out
         return drawn
-    return patch.multiple(rf, rand=by_row(torch.rand, torch.Tensor.uniform_),
-                          randn=by_row(torch.randn, torch.Tensor.normal_),
-                          randn_like=by_row(torch.randn_like, torch.Tensor.normal_))
+    normal = torch.Tensor.normal_
+    return patch.multiple(rf, rand=by_row(torch.rand, torch.Tensor.uniform_), randn=by_row(torch.randn, normal),
+                          randn_like=by_row(torch.randn_like, normal))
 
 def launch(args):
     """(rank, number of processes, device); joins the group if torchrun started this process."""
@@ -161,19 +157,18 @@ def configure(args, data, world):
     if data:
         config = replace(config, channels=data.channels, text_dim=data.text_dim)
         args.rate, args.words = data.fps, data.words and [data.words.vocabulary, data.words.rows]
-    if height % config.patch or width % config.patch:
-        raise ValueError(f"--size {height} x {width} is not divisible by the patch, {config.patch}; "
-                         f"{-(-height // config.patch) * config.patch} would work")
-    if args.frames % config.chunk or args.frames < 2 * config.chunk:
-        raise ValueError(f"--frames {args.frames} does not make two or more chunks of {config.chunk}; "
-                         f"{whole_chunks(args.frames, config.chunk)} would")
-    if args.batch % (world * args.accumulate):
-        raise ValueError(f"--batch {args.batch} cannot be shared by {world} processes in {args.accumulate} passes; "
-                         f"{-(-args.batch // (world * args.accumulate)) * world * args.accumulate} could")
-    values = config.channels * config.patch ** 2
-    if values > config.dim:
-        raise ValueError(f"a patch holds {values} values, more than the width {config.dim} can carry; "
-                         "give a smaller --patch or a larger --dim")
+    parts, values = world * args.accumulate, config.channels * config.patch ** 2
+    for wrong, why in (
+            (height % config.patch or width % config.patch, f"--size {height} x {width} is not divisible by the patch, {config.patch}; "
+                                                            f"{-(-height // config.patch) * config.patch} would work"),
+            (args.frames % config.chunk or args.frames < 2 * config.chunk,
+             f"--frames {args.frames} does not make two or more chunks of {config.chunk}; {whole_chunks(args.frames, config.chunk)} would"),
+            (args.batch % parts, f"--batch {args.batch} cannot be shared by {world} processes in {args.accumulate} passes; "
+                                 f"{-(-args.batch // parts) * parts} could"),
+            (values > config.dim, f"a patch holds {values} values, more than the width {config.dim} can carry; give a smaller --patch "
+                                  "or a larger --dim")):
+        if wrong:
+            raise ValueError(why)
     return config
 
 def make_optimizer(net, lr):
@@ -201,17 +196,16 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def build(args, config, device):
     """(network, its average, optimizer, first step): new ones, with the weights of --init, or all of --resume."""
     torch.manual_seed(args.seed)
-    net, state = CausalDiT(config).to(device), read_checkpoint(args.out) if args.resume else None
-    if args.resume:
-        if state["step"] > args.steps:
-            raise ValueError(f"--steps {args.steps}: the run in {args.out} is already at step {state['step']}; more would go on")
-        fit_weights(net, state, "model", args.out)
-    elif args.init and args.preset in RECIPES and not (args.init / "ckpt.pt").is_file() and args.init.name != "ckpt.pt":
-        load_wan(net, args.init)
-    elif args.init:
-        fit_weights(net, read_checkpoint(args.init), "ema", args.init)
+    net, path, state = CausalDiT(config).to(device), args.out if args.resume else args.init, None
+    if path and args.preset in RECIPES and not (args.resume or Path(path, "ckpt.pt").is_file() or path.name == "ckpt.pt"):
+        load_wan(net, path)
+    elif path:
+        state = read_checkpoint(path)
+        fit_weights(net, state, "model" if args.resume else "ema", path)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if args.resume:
+        if state["step"] > args.steps:
+            raise ValueError(f"--steps {args.steps}: the run in {path} is already at step {state['step']}; more would go on")
         ema.load_state_dict(state["ema"])
     net.recompute = args.recompute
     if args.fsdp:
@@ -223,27 +217,23 @@ def build(args, config, device):
     return net, ema, optimizer, state["step"] if args.resume else 0
 
 def save(net, ema, optimizer, step, args, rank):
-    """Write ckpt.pt whole or not at all: a kill at any moment leaves the last good one. Every process takes part, and
-    any number of them can load it.
-
-    Random states need no place in it: all draws are functions of the seed, the step and the clip (see `streams`)."""
+    """Write ckpt.pt whole or not at all: a kill at any moment leaves the last good one. Every process takes part, and any
+    number of them can load it. Random states need no place in it: all draws follow from seed, step and clip (`streams`)."""
     weights, moments = get_state_dict(net, optimizer, options=WHOLE)
     averages = get_model_state_dict(ema, options=WHOLE)
     if rank > 0:
         return
     path, part = args.out / "ckpt.pt", args.out / "ckpt.pt.part"
-    state = {"config": asdict(net.config), "model": weights, "ema": averages, "optimizer": moments, "step": step,
-             "args": plain(args)}
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            torch.save({"config": asdict(net.config), "model": weights, "ema": averages, "optimizer": moments, "step": step,
+                        "args": plain(args)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise ValueError(f"could not save step {step} to {path} ({error}); the checkpoint before it is untouched: make "
-                         "room, then --resume") from None
+        raise ValueError(f"could not save step {step} ({error}); the {path} before it is untouched: make room, then --resume") from None
 
 def plain(args):
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -417,15 +407,14 @@ def open_out(args, start, rank, world):
         path.with_suffix(".part").write_text("".join(line + "\n" for line in kept))
         path.with_suffix(".part").replace(path)
         (args.out / "config.json").write_text(json.dumps(plain(args), indent=1) + "\n")
+    out = [args.out]
     if world > 1:
-        named = [args.out]
-        dist.broadcast_object_list(named)
-        args.out = named[0]
+        dist.broadcast_object_list(out)
 
     def log(entry):
-        with open(args.out / "log.jsonl", "a") as file:
+        with open(out[0] / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
-    return args.out, log
+    return out[0], log
 
 def flops(config, N, M, P, words):
     """Of one clip's forward pass: N noisy and M history frames of P tokens, each seeing what the mask and --top-k leave."""
@@ -517,22 +506,21 @@ def finish(test, args, config, device):
 def speeds(args, config, device):
     """Median times of the run's steps, by kind, from its log, and how far off `plan` was. What a redrawn history costs is
     told from the same steps without it: they are then teacher-forcing steps, taken in the same minutes."""
-    steps = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-    steps, kinds = [step for step in steps if "loss" in step], []
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    steps = [step for step in map(json.loads, (args.out / "log.jsonl").read_text().splitlines()) if "loss" in step]
+    kind, seconds, history, waits = (np.array([step[key] for step in steps])
+                                     for key in ("history", "seconds", "history_seconds", "data_seconds"))
+    world, bare, kinds = int(os.environ.get("WORLD_SIZE", 1)), seconds - history, []
     _, teacher, resample, parts = plan(args, config, args.words[1] if args.words else 512, world)
-    for name in sorted({s["history"] for s in steps}, reverse=True):
-        seconds, history = np.array([(s["seconds"], s["history_seconds"]) for s in steps if s["history"] == name]).T
-        planned = f", planned {resample / teacher:.2f} x" if name == "resample_history" else ""
-        kinds.append(f"{name} {1000 * np.median(seconds):.0f} ms" + (
-            "" if name == "teacher_history" else f" ({np.median(seconds / (seconds - history)):.2f} x one without it{planned})"))
-    bare = np.median([s["seconds"] - s["history_seconds"] for s in steps])
-    rate = f"without its history a step runs at {teacher / bare / world / 1e12:.3f} TFLOPS on each device"
+    for name in sorted({*kind}, reverse=True):
+        mine, planned = kind == name, f", planned {resample / teacher:.2f} x" * (name == "resample_history")
+        cost = f" ({np.median((seconds / bare)[mine]):.2f} x one without it{planned})" * (name != "teacher_history")
+        kinds.append(f"{name} {1000 * np.median(seconds[mine]):.0f} ms{cost}")
+    tflops = teacher / np.median(bare) / world / 1e12
+    rate = f"without its history a step runs at {tflops:.3f} TFLOPS on each device"
     if device.type == "cuda":
-        rate += (f", {teacher / bare / world / 1e12 / args.tflops:.0%} of --tflops {args.tflops:g}; memory at its peak "
+        rate += (f", {tflops / args.tflops:.0%} of --tflops {args.tflops:g}; memory at its peak "
                  f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB, planned {sum(parts.values()) / 2 ** 30:.1f}")
-    data = sum(s["data_seconds"] for s in steps) / sum(s["seconds"] + s["data_seconds"] for s in steps)
-    return f"median step: {', '.join(kinds)}; waiting for data {data:.1%} of the time\n{rate}"
+    return f"median step: {', '.join(kinds)}; waiting for data {waits.sum() / (seconds + waits).sum():.1%} of the time\n{rate}"
 
 if __name__ == "__main__":
     Parser(__doc__).guard(main, sys.argv[1:])
