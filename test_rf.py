@@ -1234,7 +1234,7 @@ def test_bad_flags_are_one_line(flags, capsys):
     (["--frames", "2", "--given", "clip.gif"], "clip.gif makes 5 frames; wanted .* fewer than --frames 2"),
     (["--then", "99", "red circle", "--frames", "8"], "--then 99"),
     (["--window", "2", "--sink", "2"], "--sink 2 leaves no room"),
-    (["--eval", "--frames", "2"], "--frames 2: two of 1 are given, so that 3 or more"),
+    (["--eval", "--frames", "2"], "--frames 2: two of 1 are given, so that 3 can be measured"),
     (["--eval", "red circle"], "leave out prompts"),
     (["--out", "video.avi"], "video.avi"),
     (["--table", "nowhere"], "no .*eval.json; python sample.py --eval --checkpoint nowhere writes it"),
