@@ -38,11 +38,9 @@ class Config:
     def __post_init__(self):
         for name, value in vars(self).items():
             if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be positive" + " (or left out, for all history)" *
-                                 (name in ("top_k", "window")))
+                raise ValueError(f"{name} is {value}; it must be positive (top_k and window may be left out, for all history)")
         if self.dim % (2 * self.heads):
-            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; "
-                             f"a multiple of {2 * self.heads} would work")
+            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; wanted k · {2 * self.heads}")
 
 PRESETS = {
     "toy": Config(),

@@ -84,35 +84,37 @@ def attend(q, k, v, past, own, top_k=None, descriptor=None):
 def attend_groups(q, k, v, past, own, top_k, descriptor):
     """`attend` on a CPU, and for the one or two frames of a rollout's pass: a call for each group of frames that see
     nearly the same, on no more than what they see."""
-    table, P, seen, out = (past | own).cpu(), q.shape[3], None, []
-    groups, back = plan_groups(table.numpy().tobytes(), table.shape, P, q.device)
-    for rows, columns, alike in groups:
+    table, P, seen, out = (past | own).cpu(), q.shape[3], None, [None] * len(past)
+    apart = [z.unbind(2) if z.requires_grad else z for z in (q, k, v)]  # the gradient of a slice would be as large as z
+    for rows, columns, alike in plan_groups(table.numpy().tobytes(), table.shape, P):
         mask = None
         if top_k is not None or not alike:
             seen = visible(q, k, past, own, top_k, descriptor) if seen is None else seen
             mask = seen[:, :, rows][..., columns]
             mask = mask[..., None].expand(*mask.shape[:3], P, -1, P).flatten(2, 3).flatten(3)
-        parts = (z[:, :, frames].flatten(2, 3) for z, frames in ((q, rows), (k, columns), (v, columns)))
-        out.append(F.scaled_dot_product_attention(*parts, mask).unflatten(2, (-1, P)))
-    return torch.cat(out, dim=2)[:, :, back]
+        parts = map(tokens_of, apart, (rows, columns, columns))
+        for row, part in zip(rows, F.scaled_dot_product_attention(*parts, mask).split(P, dim=2)):
+            out[row] = part
+    return torch.stack(out, dim=2)
+
+def tokens_of(z, chosen):
+    """The tokens (B, H, chosen · P, E) of some of the frames z, one tensor (B, H, frames, P, E) or a tuple. Neighbours in a
+    tensor are a view: a rollout never copies its cache."""
+    if isinstance(z, tuple):
+        return torch.cat([z[i] for i in chosen], dim=2)
+    neighbours = chosen[-1] - chosen[0] < len(chosen)
+    return z[:, :, slice(chosen[0], chosen[-1] + 1) if neighbours else chosen].flatten(2, 3)
 
 @lru_cache(maxsize=1024)
-def plan_groups(table, shape, tokens, device, target=32):
-    """How to go through a table (its bytes) of which row sees which column: ([(rows, columns, alike)], order).
-    rows: frames that see nearly as many others, about `target` tokens of each of the two sequences, or one frame where
-    there are but two; columns: those that some of them see; alike: all see all of these; order: puts the rows back."""
+def plan_groups(table, shape, P):
+    """How to go through a table (its bytes) of which row sees which column: [(rows, columns, alike)]. rows: a few frames that
+    see nearly as many others, or one where there are but two; columns: those that some of them see; alike: all see all."""
     seen, groups = unpack(table, shape, "cpu"), []
-    by_reach = seen.sum(1).argsort(stable=True).split(1 if len(seen) <= 2 else 2 * max(1, target // tokens))
-    for rows in by_reach:
+    few = 1 if len(seen) <= 2 else 2 if P > 128 else max(4, 48 // P)  # as measured on a CPU
+    for rows in seen.sum(1).argsort(stable=True).split(few):
         columns = seen[rows].any(0).nonzero()[:, 0]
-        groups.append((span(rows, device), span(columns, device), seen[rows][:, columns].all().item()))
-    return groups, span(torch.cat(by_reach).argsort(), device)
-
-def span(index, device):
-    """Consecutive indices as a slice: what it takes is then a view, not a copy."""
-    first, last = index[0].item(), index[-1].item()
-    consecutive = torch.equal(index, torch.arange(first, last + 1))
-    return slice(first, last + 1) if consecutive else index.to(device)
+        groups.append((rows.tolist(), columns.tolist(), seen[rows][:, columns].all().item()))
+    return groups
 
 def attend_flex(q, k, v, past, own):
     """`attend` where history is dense, on CUDA: FlexAttention."""
