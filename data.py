@@ -14,7 +14,7 @@ import textwrap
 import zipfile
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import chain, islice, repeat, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -74,6 +74,10 @@ def latest_run():
         raise ValueError("there is no checkpoint under runs/; train one, or name a run: train.py --out, sample.py --checkpoint")
     return found[-1].parent
 
+def multiple(n, unit):
+    """The least multiple of a unit that is not below n."""
+    return -(-n // unit) * unit
+
 def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -88,17 +92,14 @@ class Words:
     def __call__(self, prompt):
         """A prompt -> (L, text_dim), L at least `rows`. Raises ValueError for words that the model never met."""
         words = split_words(prompt)
-        for word in words:
-            if word not in self.vocabulary:
-                near = difflib.get_close_matches(word, self.vocabulary, 5, 0) or self.vocabulary[:12]
-                raise ValueError(f'unknown word "{word}" in the prompt "{prompt}"; ' + (
-                    f"among the {len(self.vocabulary)} words of the training captions are: " + ", ".join(near)
-                    if near else "this model was trained without captions, so the prompt must be empty"))
-        c = torch.zeros(max(self.rows, len(words)), self.text_dim)
-        for row, word in enumerate(words):
-            c[row, self.vocabulary.index(word)] = 1
-            if row + 1 < len(words):
-                c[row, len(self.vocabulary) + self.vocabulary.index(words[row + 1])] = 1
+        if unknown := [word for word in words if word not in self.vocabulary]:
+            near = ", ".join(difflib.get_close_matches(unknown[0], self.vocabulary, 5, 0))
+            raise ValueError(f'unknown word "{unknown[0]}" in the prompt "{prompt}"; ' + (
+                f"of the {len(self.vocabulary)} words of the training captions the nearest are: {near}" if near else
+                "this model was trained without captions, so the prompt must be empty"))
+        c, at = torch.zeros(max(self.rows, len(words)), self.text_dim), [self.vocabulary.index(word) for word in words]
+        for place in (*enumerate(at), *enumerate(len(self.vocabulary) + successor for successor in at[1:])):
+            c[place] = 1
         return c
 
     def text(self, prompts):
@@ -131,8 +132,8 @@ def coverage(at, shape, size, radius):
     x = ((grid - at[..., :1]) / radius)[..., None, :]
     y = ((grid - at[..., 1:]) / radius)[..., :, None]
     distance = torch.stack([sdf(x, y) for sdf in SHAPES.values()], dim=-3)
-    index = shape.long().expand(at.shape[:-1])[..., None, None, None].expand(*at.shape[:-1], 1, size, size)
-    return (0.5 - radius * distance.gather(-3, index).squeeze(-3)).clamp(0, 1)
+    index = shape.long().expand(at.shape[:-1])[..., None, None, None]
+    return (0.5 - radius * distance.take_along_dim(index, -3).squeeze(-3)).clamp(0, 1)
 
 def wall_columns(size):
     """Which columns of pixels the wall hides, two fifths of them."""
@@ -206,8 +207,8 @@ class Sprites:
     def __getitems__(self, indices):
         """Several clips are painted at once; torch's DataLoader asks for a batch in this way."""
         colour, shape, at = (torch.stack(z) for z in zip(*map(self.scene, indices)))
-        told = [np.random.default_rng([*self.key, i, 1]).random() >= self.withheld for i in indices] if self.withheld else repeat(1)
-        texts = [name(c, s) if t else "" for c, s, t in zip(colour, shape, told)]
+        texts = [name(*z) if self.withheld == 0 or np.random.default_rng([*self.key, i, 1]).random() >= self.withheld else ""
+                 for i, *z in zip(indices, colour, shape)]
         videos = paint(at, shape[:, None], colour[:, None], self.size, self.wall)
         return [(video, self.words(text)) for video, text in zip(videos, texts)]
 
@@ -297,9 +298,7 @@ def descend(picture, at, shape, colour, there, wall):
 def visible_share(at, shape, there, size, wall):
     """The share of each sprite (F, S) that neither the wall nor those before it hide; 0 for those not there."""
     cover = coverage(at, shape, size, radius_of(size, wall)) * there[..., None, None]
-    through = torch.cat([torch.ones_like(cover[:, :1]), (1 - cover).cumprod(1)[:, :-1]], dim=1)
-    if wall:
-        through = through * ~wall_columns(size)
+    through = F.pad((1 - cover).cumprod(1), (0, 0, 0, 0, 1, -1), value=1.0) * (~wall_columns(size) if wall else 1)
     return (cover * through).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
 
 def judge(at, shape, colour, clear, named, size, wall):
@@ -312,12 +311,10 @@ def judge(at, shape, colour, clear, named, size, wall):
         hidden = {c for c in named if c not in there and c in steps
                   and hides(steps[c][0][0], at[t, list(there.values())], size, radius, wall)}
         sharp = {c: s for c, s in there.items() if clear[t, s] > 0.5}
-        temporal = [straightness(at[t, s], *steps[c], size) for c, s in sharp.items() if c in steps]
         missing = len(set(named) - hidden - set(there))
-        temporal += [0.0] * missing * (t > 1)
+        temporal = [straightness(at[t, s], *steps[c], size) for c, s in sharp.items() if c in steps] + [0.0] * missing * (t > 1)
         text = right / max(1, len(named) - len(hidden), len(there)) if there or missing else np.nan
-        temporal = [z for z in temporal if not np.isnan(z)]
-        scores.append((100 * np.mean(temporal) if temporal else np.nan, 100 * text))
+        scores.append((100 * torch.tensor(temporal, dtype=torch.float64).nanmean().item(), 100 * text))
         for c, s in sharp.items():
             tracks[c] = (*tracks.get(c, ())[-1:], (t, at[t, s]))
     return scores
@@ -422,7 +419,7 @@ class Folder:
             raise ValueError(f"no clip in {folder} has {self.frames} frames: of {len(lengths)} the longest has "
                              f"{max(lengths.values(), default=0)}, and {bad} cannot be read")
         if len(self.files) < len(lengths):
-            print(f"warning: skipping {len(lengths) - len(self.files)} of {len(lengths)} clips, shorter than {self.frames} frames")
+            print(f"warning: skipping {len(lengths) - len(self.files)} of {len(lengths)} clips, of fewer than {self.frames} frames")
 
 class Videos(Folder):
     """Any files that ffmpeg reads, with an optional caption in name.txt beside name.mp4.
@@ -476,8 +473,8 @@ class Latents(Folder):
         first, (latents, text) = next(iter(shapes.items()))
         for path, (others, words) in shapes.items():
             if (others[1:], words[1]) != (latents[1:], text[1]):
-                raise ValueError(f"{path} holds latents {others} with text {words}, but {first} {latents} with {text}; all files "
-                                 "of a folder need the same channels, size and text width")
+                raise ValueError(f"{path} holds latents {others} with text {words}, but {first} {latents} with {text}; all files of "
+                                 "a folder need the same channels, size and text width")
         self.keep(folder, {path: others[0] for path, (others, _) in shapes.items()})
         self.channels, self.size, self.text_dim = latents[1], latents[2:], text[1]
         self.rows = max(words[0] for _, words in shapes.values())
@@ -519,7 +516,7 @@ class Wan:
         except ImportError as error:
             raise ValueError(f"--wan needs `pip install diffusers transformers ftfy` ({one_line(error)})") from None
         if not Path(path, "model_index.json").is_file():
-            raise ValueError(f"--wan {path} holds no model_index.json; give a diffusers folder of Wan 2.1, such as one made from "
+            raise ValueError(f"--wan {path} holds no model_index.json; give a diffusers folder of Wan 2.1, for instance "
                              "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
         types = {"text_encoder": torch.bfloat16, "default": torch.float32}
         self.pipe, self.device = WanPipeline.from_pretrained(path, transformer=None, torch_dtype=types).to(device), device
@@ -545,8 +542,8 @@ class Wan:
         @torch.no_grad()
         def decode(latents):
             z = self.pipe.vae.post_quant_conv(latents.to(self.device).transpose(1, 2) * self.std + self.mean)
-            made = [self.pipe.vae.decoder(frame, feat_cache=held, feat_idx=[0], first_chunk=held[0] is None) for frame in z.split(1, 2)]
-            return torch.cat(made, dim=2).clamp(-1, 1).transpose(1, 2).cpu()
+            made = (self.pipe.vae.decoder(frame, held, [0], first_chunk=held[0] is None) for frame in z.split(1, 2))
+            return torch.cat([*made], dim=2).clamp(-1, 1).transpose(1, 2).cpu()
         return decode
 
 def encode_video(wan, path, out, size, frames, fps):
@@ -641,7 +638,7 @@ def parse(argv):
     parser.add_argument("command", choices=["encode"])
     parser.add_argument("videos", type=Path, help="a folder of videos; name.txt beside name.mp4 is its caption")
     parser.add_argument("out", type=Path, help="a folder for the .npz files")
-    parser.add("--wan", None, "a diffusers folder of Wan 2.1, with vae/, text_encoder/ and tokenizer/", type=Path, required=True)
+    parser.add("--wan", None, "a diffusers folder of Wan 2.1: its VAE and text encoder", type=Path, required=True)
     parser.add("--size", (480, 832), "height and width in pixels, multiples of 16 (default 480x832)", type=pixels)
     parser.add("--frames", 81, "length of a clip in frames, 4 n - 3 for n latents", type=positive)
     parser.add("--fps", 16.0, "read videos at this rate", type=plus)
@@ -650,7 +647,7 @@ def parse(argv):
     if any(side % 16 for side in np.atleast_1d(args.size)):
         raise ValueError(f"--size {args.size}: Wan's height and width are multiples of 16, for instance 480x832")
     if args.frames % 4 != 1:
-        raise ValueError(f"--frames {args.frames}: the VAE makes n latents of 4 n - 3 frames; {args.frames // 4 * 4 + 1} would work")
+        raise ValueError(f"--frames {args.frames}: 4 n - 3 frames make n latents; {args.frames // 4 * 4 + 1} would work")
     return args
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Config:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive (top_k and window may be left out, for all history)")
         if self.dim % (2 * self.heads):
-            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; wanted k · {2 * self.heads}")
+            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; {2 * self.heads} would work")
 
 PRESETS = {
     "toy": Config(),
@@ -93,12 +93,12 @@ class Cache:
         self.k = self.v = self.descriptor = self.sink_k = self.c = None
 
     def admit(self, n, c):
-        """Make room for n frames, told c. Returns which to compute, an index: all but those that a window would drop at once."""
+        """Make room for n frames, told c. Returns which to compute, an index: all but those that a window drops at once."""
         if self.c is not c:
             self.c, self.words = c, {}
         total, limit = self.length + n, self.window or self.frames
         if self.window is None and total > limit:
-            raise ValueError(f"{total} finished frames in a cache for {limit}: ask model.cache for more frames, or for a window")
+            raise ValueError(f"{total} finished frames in a cache for {limit}: ask model.cache for more, or for a window")
         self.gap = max(0, total - limit)
         stay = [i for i in range(total) if i < self.sink or i >= self.sink + self.gap]
         new = [i - self.length for i in stay if i >= self.length]
@@ -106,7 +106,7 @@ class Cache:
         return new if len(new) < n else slice(None)
 
     def put(self, layer, k, v, n_noisy):
-        """Write a layer's keys and values (B, H, new + noisy, P, E). Returns those of all columns and `describe(k)`, as views."""
+        """Write a layer's keys and values (B, H, new + noisy, P, E). Returns all columns' and `describe(k)`, as views."""
         self.reserve(k, v, self.length + n_noisy)
         sink = min(self.sink, self.kept)
         keys, _, descriptor = of_layer = [z[layer] for z in (self.k, self.v, self.descriptor)]
@@ -128,16 +128,17 @@ class Cache:
         return rope(self.config.dim // self.config.heads, here + frames * self.config.chunk, here, here)
 
     def reserve(self, k, v, slots):
-        """Room for so many slots: allocated at first use for all frames to come, again only if a later pass has more noisy ones."""
+        """Room for so many slots: made at first use for all frames to come, again only if a later pass has more noisy ones."""
         if self.k is None:
             B, H, _, P, E = k.shape
             if B != self.batch:
                 raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
-            self.k, self.v, self.descriptor, self.sink_k = (
-                z.new_zeros(self.config.layers, B, H, n, *z.shape[3:]) for z, n in ((k, 0), (v, 0), (describe(k), 0), (k, self.sink)))
+            kinds = (k, 0), (v, 0), (describe(k), 0), (k, self.sink)
+            self.k, self.v, self.descriptor, self.sink_k = (z.new_zeros(self.config.layers, B, H, n, *z.shape[3:]) for z, n in kinds)
         if slots > self.k.shape[3]:
             more = max(self.length, min(self.frames, self.window or self.frames)) + slots - self.length - self.k.shape[3]
-            self.k, self.v, self.descriptor = (F.pad(z, (0, 0) * (z.dim() - 4) + (0, more)) for z in (self.k, self.v, self.descriptor))
+            kept = self.k, self.v, self.descriptor
+            self.k, self.v, self.descriptor = (F.pad(z, (0, 0) * (z.dim() - 4) + (0, more)) for z in kept)
 
 class Sight:
     """What a layer's attentions look at in one pass: its row of frames, and the text. torch.compile leaves both calls
@@ -293,7 +294,7 @@ class CausalDiT(nn.Module):
     def check(self, x, c):
         config, (_, _, channels, height, width) = self.config, x.shape
         if channels != config.chunk * config.channels:
-            raise ValueError(f"frames of {channels} channels; this model's have chunk {config.chunk} x {config.channels} channels")
+            raise ValueError(f"frames of {channels} channels; this model's have {config.chunk} x {config.channels} (chunk x channels)")
         if height % config.patch or width % config.patch:
             raise ValueError(f"frames of {height} x {width}; both must be multiples of the patch, {config.patch}")
         if c.shape[-1] != config.text_dim:
@@ -310,7 +311,7 @@ def read_checkpoint(path):
             raise ValueError("it lacks " + ", ".join(sorted(lacking)))
     except Exception as error:  # torch raises a different class for each way in which a file can be broken
         reason = str(error).split(". ")[0].split("\n")[0]
-        raise ValueError(f"{path} is not a whole checkpoint of this project ({reason}); train.py writes one into --out") from None
+        raise ValueError(f"{path} is not a whole checkpoint of this project ({reason}); train.py writes one to --out") from None
     return state
 
 def load_checkpoint(path):

@@ -29,8 +29,8 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import routing
-from data import (DEVICES, Parser, Sprites, Wan, Words, amount, enlarge, film, fold, latest_run, measure, natural, plus,
-                  positive, read_video, ruler_table, to_bytes, unfold, write, writer)
+from data import (DEVICES, Parser, Sprites, Wan, Words, amount, enlarge, film, fold, latest_run, measure, multiple, natural,
+                  plus, positive, read_video, ruler_table, to_bytes, unfold, write, writer)
 from model import load_checkpoint
 from rf import Guided, rollout
 from routing import pick
@@ -44,12 +44,12 @@ def parse(argv):
     add("--frames", None, "length, given frames included (default: twice the training clips)", type=positive)
     add("--steps", None, "Euler steps per frame (default: 4 for pixels, 32 for latents)", type=positive)
     add("--time-shift", 5.0, "Eq. (7) on these steps: above 1, more of them at high noise", type=plus)
-    add("--guidance", None, "how much the prompt counts; 1: the model itself (default: 2 for pixels, 5 for latents)", type=amount)
+    add("--guidance", None, "how much the prompt counts; 1: as it is (default: 2 for pixels, 5 for latents)", type=amount)
     add("--given", None, "a video to continue", type=Path)
     add("--given-frames", None, "how many of its frames to take (default: all)", type=positive)
     add("--wan", None, "for a model of latents: a diffusers folder with Wan's VAE and text encoder", type=Path)
     add("--negative", Wan.NEGATIVE, "with --wan: what guidance leads away from (default: Wan's own negative prompt)")
-    add("--then", [], "from frame FRAME on follow PROMPT; may be repeated", nargs=2, action="append", metavar=("FRAME", "PROMPT"))
+    add("--then", [], "follow PROMPT from FRAME on; may be repeated", nargs=2, action="append", metavar=("FRAME", "PROMPT"))
     add("--window", None, "history frames in sight, to stay cheap and familiar (default: as in training; 0: all)", type=natural)
     add("--sink", 0, "how many of these are the first frames of all", type=natural)
     add("--samples", 1, "videos per prompt", type=positive)
@@ -58,9 +58,9 @@ def parse(argv):
     add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
     add("--videos", 64, "how many, for --eval", type=positive)
-    add("--true-history", False, "with --eval or --table: every frame continues the truth, so that no error adds up", action="store_true")
+    add("--true-history", False, "with --eval or --table: every frame continues the truth: no error adds up", action="store_true")
     add("--compare", [], "--eval of several runs on the same clips, with a picture of all", type=Path, nargs="+", metavar="RUN")
-    add("--table", [], "print what --eval wrote; NAME-0, NAME-1, ... are seeds of one NAME", type=Path, nargs="+", metavar="RUN")
+    add("--table", [], "print what --eval wrote; NAME-0, NAME-1 ... are seeds of NAME", type=Path, nargs="+", metavar="RUN")
     add("--routing", False, "draw how often each history frame is picked (needs a model with --top-k)", action="store_true")
     return parser.parse_args(argv)
 
@@ -73,16 +73,17 @@ def settle(args, model):
             setattr(args, name, value)
     measured, at = args.eval or args.compare, [at for at, _ in args.then]
     for wrong, why in (
-            (args.frames % chunk, f"--frames {args.frames}: wanted a multiple of the chunk, {-(-args.frames // chunk) * chunk} would work"),
-            (measured and args.frames < 3 * chunk, f"--frames {args.frames}: two of {chunk} are given, so that {3 * chunk} can be measured"),
+            (args.frames % chunk, f"--frames {args.frames} is not divisible by {chunk}, the chunk; "
+                                  f"{multiple(args.frames, chunk)} would work"),
+            (measured and args.frames < 3 * chunk, f"--frames {args.frames}: two of {chunk} are given; {3 * chunk} can be measured"),
             (measured and (args.prompts or args.given or args.then or args.routing),
-             "--eval and --compare continue held-out clips by their captions; leave out prompts, --given, --then and --routing"),
-            (args.window and args.sink >= args.window, f"--sink {args.sink} leaves no room in --window {args.window}; it must be smaller"),
-            (args.routing and not model.config.top_k, "--routing needs a model that routes: train one with --top-k, for instance 5"),
-            (not (pixels or args.wan or measured), "this model makes latents: --wan PATH names the VAE and text encoder they belong to"),
+             "--eval and --compare continue held-out clips by caption; leave out prompts, --given, --then and --routing"),
+            (args.window and args.sink >= args.window, f"--sink {args.sink} leaves no room in --window {args.window}; wanted fewer"),
+            (args.routing and not model.config.top_k, "--routing needs a model that routes: train one with --top-k 5, for instance"),
+            (not (pixels or args.wan or measured), "this model makes latents: --wan PATH names their VAE and text encoder"),
             (pixels and args.wan, "--wan: this model makes pixels itself, and needs no VAE"),
             (not set(at) <= set(map(str, range(chunk, args.frames, chunk))),
-             f"--then {' '.join(at)}: wanted a frame's number below --frames {args.frames} and divisible by the chunk, {chunk}")):
+             f"--then {' '.join(at)}: wanted the number of a frame, below --frames {args.frames} and divisible by {chunk}")):
         if wrong:
             raise ValueError(why)
     return args
@@ -95,7 +96,8 @@ def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, w
     for (_, c), end in zip(texts, [start for start, _ in texts[1:]] + [frames]):
         if end <= len(done):
             continue
-        guided = model if guidance == 1 or not c.any() else Guided(model, torch.zeros_like(c[:1]) if null is None else null, guidance)
+        nothing = torch.zeros_like(c[:1]) if null is None else null
+        guided = model if guidance == 1 or not c.any() else Guided(model, nothing, guidance)
         x = torch.randn(len(given), end - len(done), *given.shape[2:], generator=noise).to(given.device)
         cache, t = guided.cache(len(given), end, window=window, sink=sink), torch.ones(len(given), device=given.device)
         for frame in rollout(guided, x, t, c, steps, time_shift, torch.cat([given[:, :0], *done], dim=1), cache):
@@ -103,7 +105,7 @@ def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, w
             yield frame
 
 def extend(model, video, c, frames, given=2, **settings):
-    """The first `given` frames of video (B, T, C, height, width) and what the model makes of them: (B, frames, ...), on the CPU."""
+    """The first `given` frames of video (B, T, C, height, width) and what the model makes of them: (B, frames, ...)."""
     chunk = model.config.chunk
     x = fold(video, chunk)[:, :given]
     new = frames // chunk - given
@@ -117,6 +119,9 @@ def options(args):
 
 def samples_of(run):
     return (run if run.is_dir() else run.parent) / "samples"
+
+def scores_of(run, args):
+    return samples_of(run) / ("true-history.json" if args.true_history else "eval.json")
 
 def targets(args, names):
     """One file per video."""
@@ -153,14 +158,16 @@ def make(args, model):
     files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())[:60]}-{args.seed}-{i}"
                            for i, prompt in enumerate(prompts)])
     show, shares, sampling, showing, small = wan.decoder() if wan else torch.Tensor.cpu, [], [], [], []
-    frames = generate(model, cs, given, args.frames // chunk, **options(args), null=wan and wan.text([args.negative]).to(args.device))
+    null = wan and wan.text([args.negative]).to(args.device)
+    frames = generate(model, cs, given, args.frames // chunk, null=null, **options(args))
     videos = timed(map(show, timed((unfold(frame, chunk).cpu() for frame in frames), sampling)), showing)
     before = [show(unfold(given, chunk))] if given.shape[1] else []
     with ExitStack() as stack:
         outs = [stack.enter_context(writer(path, 16 if wan else model.run["rate"])) for path in files]
         if args.routing:
             stack.enter_context(recorded_picks(shares))
-        for video in tqdm(chain(before, videos), "frames", len(before) + args.frames // chunk - given.shape[1], dynamic_ncols=True):
+        passes = len(before) + args.frames // chunk - given.shape[1]
+        for video in tqdm(chain(before, videos), "frames", passes, dynamic_ncols=True):
             for out, clip in zip(outs, video):
                 out(clip)
             tiles = max(1, video.shape[-2] // 64)  # small pictures are all that is kept of a long video
@@ -236,20 +243,18 @@ def evaluate(args, model):
     scores = measure(made, [test.caption(j) for j in range(len(made))], run["wall"])
     print(f"{len(scores)} held-out videos, {args.frames} frames, the first {given * chunk} given, window "
           f"{args.window or 'none'}, {args.steps} steps" + ", on true history" * args.true_history + "\n" + ruler_table(scores))
-    path = samples_of(args.checkpoint) / scores_name(args)
+    path = scores_of(args.checkpoint, args)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"args": vars(args), "frames": scores.nanmean(0).tolist()}, default=str))
     return truth, made
-
-def scores_name(args):
-    return "true-history.json" if args.true_history else "eval.json"
 
 def compare(path, videos, fps):
     """path.png, time from left to right, and path.gif: clips {name: (B, T, C, height, width)}, a row for each name."""
     longest = max(video.shape[1] for video in videos.values())
     rows = torch.stack([F.pad(video, (0, 0) * 3 + (0, longest - video.shape[1]), value=1.0) for video in videos.values()])
     rows = rows if rows.shape[3] == 3 else rows[:, :, :, :3] / 3  # of latents, three channels
-    frames = enlarge(to_bytes(rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")), 72 * len(rows))
+    page = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")
+    frames = enlarge(to_bytes(page), 72 * len(rows))
     if rows.shape[-1] <= 32:  # sprites are flat: their noise would be most of the file
         frames = np.minimum((frames.astype(int) + 16) // 32 * 32, 255).astype(np.uint8)
     names = np.concatenate([write(name, frames.shape[1] // len(rows)) for name in videos])
@@ -261,13 +266,14 @@ def print_tables(args):
     """What --eval wrote, per third: mean ± standard error over the seeds of a name."""
     groups = {}
     for run in args.table:
-        path = samples_of(run) / scores_name(args)
+        path = scores_of(run, args)
         if not path.is_file():
-            raise ValueError(f"no {path}; python sample.py --eval {'--true-history ' * args.true_history}--checkpoint {run} writes it")
+            mode = "--eval --true-history" if args.true_history else "--eval"
+            raise ValueError(f"no {path}; python sample.py {mode} --checkpoint {run} writes it")
         groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(json.loads(path.read_text())["frames"])
     for name, frames in groups.items():
         if len({len(video) for video in frames}) > 1:
-            raise ValueError(f"the seeds of {name} were measured on {', '.join(map(str, map(len, frames)))} frames; wanted one --frames")
+            raise ValueError(f"the seeds of {name} have {', '.join(map(str, map(len, frames)))} frames; wanted one --frames for all")
         print(f"{name}, {len(frames)} seed{'s' * (len(frames) > 1)}\n{ruler_table(torch.tensor(frames))}")
 
 def main(argv):

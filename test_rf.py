@@ -1,5 +1,4 @@
 """The paper's claims, each with the shortest evidence: CPU, no network, deterministic, float64 where it says "the same"."""
-import ast
 import json
 import os
 import pickle
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import tokenize
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -569,7 +567,7 @@ def test_from_mp4_to_latents_to_a_model_and_back(tmp_path, capsys):
                  "--given", str(tmp_path / "clips/long.mp4"), "--given-frames", "5", "--out", str(tmp_path / "out.mp4")])
     assert "with the VAE's decoding" in capsys.readouterr().out
     assert len(iio.imread(tmp_path / "out.mp4", plugin="pyav")) == 13, "two latents given and two made: 4 n - 3 frames"
-    for flags, wanted in ((["--wan", str(tmp_path / "clips")], "holds no model_index.json"), ([], "--wan PATH names the VAE")):
+    for flags, wanted in ((["--wan", str(tmp_path / "clips")], "holds no model_index.json"), ([], "--wan PATH names their VAE")):
         with pytest.raises(ValueError, match=wanted):
             sample.main(["a red boat", "--checkpoint", str(tmp_path / "run"), *flags])
 
@@ -859,7 +857,7 @@ def test_sharded_weights_make_the_same_steps_and_load_anywhere(tmp_path):
     for part in ("model", "ema"):
         for key, value in one[part].items():
             assert close(value, sharded[part][key], 2e-4), (part, key)
-    with pytest.raises(ValueError, match="start it with torchrun"):
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node N train.py --fsdp would work"):
         train.main([*flags, "--fsdp", "--out", str(tmp_path / "alone")])
 
 
@@ -1069,7 +1067,7 @@ def test_evaluations_are_written_compared_and_gathered(trained, tmp_path, capsys
     assert "toy, 1 seed\n" in capsys.readouterr().out
     path = tmp_path / "toy-0/samples/eval.json"
     path.write_text(json.dumps({"frames": json.loads(path.read_text())["frames"] * 2}))
-    with pytest.raises(ValueError, match="the seeds of toy were measured on 18, 9 frames"):
+    with pytest.raises(ValueError, match="the seeds of toy have 18, 9 frames"):
         sample.main(["--table", *runs])
 
 
@@ -1112,7 +1110,7 @@ def clips(tmp_path):
 def test_a_folder_of_videos_is_read_and_its_bad_files_named(clips, capsys):
     videos = Videos(clips, 16, 8)
     out = capsys.readouterr().out
-    assert out.count("broken.mp4") == 1 and "skipping 1 of 4 clips, shorter than 8 frames" in out
+    assert out.count("broken.mp4") == 1 and "skipping 1 of 4 clips, of fewer than 8 frames" in out
     assert [p.name for p in videos.files] == ["a.mp4", "b.gif", "c.mp4"] and videos.fps == 10
     video, c = videos[0]
     assert video.shape == (8, 3, 16, 16) and torch.equal(video, Videos(clips, 16, 8)[0][0])
@@ -1184,10 +1182,10 @@ def bad_latents(folder, **arrays):
     (["--data", "keys"], "keys/0.npz holds .*wanted `latents`"),
     (["--data", "mixed"], "mixed/1.npz holds latents .*same channels"),
     (["--data", "fake"], "fake/0.npz is not a readable .npz"),
-    (["--size", "18"], "--size 18 x 18 is not divisible by the patch, 4; 20 would work"),
+    (["--size", "18"], "--size 18 is not divisible by 4, the patch; 20 would work"),
     (["--dim", "50", "--heads", "4"], "dim 50 cannot be split into 4 heads"),
-    (["--frames", "7", "--chunk", "3"], "--frames 7 does not make.*9 would"),
-    (["--batch", "3", "--accumulate", "2"], "--batch 3 cannot be shared by 1 processes in 2 passes; 4 could"),
+    (["--frames", "7", "--chunk", "3"], "--frames 7 is not divisible by 3, the chunk; 9 would work"),
+    (["--batch", "3", "--accumulate", "2"], r"--batch 3 is not divisible by 2, the processes \(1\) times --accumulate; 4 would work"),
     (["--patch", "8", "--size", "16"], "a patch holds 192 values, more than the width 48"),
     (["--out", "full"], "full already holds another run.*--resume"),
     (["--init", "nowhere"], "no checkpoint at nowhere"),
@@ -1234,7 +1232,7 @@ def test_bad_flags_are_one_line(flags, capsys):
     (["--frames", "2", "--given", "clip.gif"], "clip.gif makes 5 frames; wanted .* fewer than --frames 2"),
     (["--then", "99", "red circle", "--frames", "8"], "--then 99"),
     (["--window", "2", "--sink", "2"], "--sink 2 leaves no room"),
-    (["--eval", "--frames", "2"], "--frames 2: two of 1 are given, so that 3 can be measured"),
+    (["--eval", "--frames", "2"], "--frames 2: two of 1 are given; 3 can be measured"),
     (["--eval", "red circle"], "leave out prompts"),
     (["--out", "video.avi"], "video.avi"),
     (["--table", "nowhere"], "no .*eval.json; python sample.py --eval --checkpoint nowhere writes it"),
@@ -1269,19 +1267,10 @@ def test_the_readme_points_at_things_that_exist():
                    for file in ("rf", "routing")), number
 
 
-def lines_of_code(path):
-    """How many lines hold more than blanks, comments and docstrings."""
-    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    docs = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
-    with open(path) as file:
-        spans = [(token.start[0], token.end[0]) for token in tokenize.generate_tokens(file.readline) if token.type not in skip]
-    return len({line for first, last in spans for line in range(first, last + 1)}
-               - {line for node in docs for line in range(node.lineno, node.end_lineno + 1)})
-
-
 def test_the_code_stays_small():
-    code = {name: lines_of_code(HERE / f"{name}.py") for name in ("rf", "routing", "model", "data", "train", "sample")}
-    assert sum(code.values()) < 2000 and code["rf"] + code["routing"] + code["model"] < 700, code
+    lines = {name: (HERE / f"{name}.py").read_text().splitlines() for name in ("rf", "routing", "model", "data", "train", "sample")}
+    assert sum(len(lines[name]) for name in ("rf", "routing", "model")) < 700
+    assert sum(bool(line.strip()) for file in lines.values() for line in file) < 2000  # docstrings and comments included
 
 
 def test_the_readme_commands_parse():

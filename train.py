@@ -33,21 +33,21 @@ from tqdm import tqdm
 
 import rf
 import sample
-from data import DEVICES, Parser, amount, fold, latest_run, natural, number, open_data, pixels, plus, positive, share
+from data import DEVICES, Parser, amount, fold, latest_run, multiple, natural, number, open_data, pixels, plus, positive, share
 from model import PRESETS, CausalDiT, load_checkpoint, load_wan, read_checkpoint
 from rf import HISTORY, flow_matching_loss
 from sample import compare, extend, timed
 
-PAPER = dict(frames=21, size=(480, 832), warmup=10_000, steps=25_000, batch=64, lr=5e-5, decay="constant", ema=0.999,
-             time_shift=3.0, sample_steps=32, guidance=5.0, recompute=True)
-RECIPES = {"wan-1.3b": PAPER, "wan-14b": PAPER}  # what a preset changes in the other flags' defaults
+PAPER = dict(  # the other flags' defaults with --preset wan-...
+    data="latents", frames=21, size=(480, 832), warmup=10_000, steps=25_000, batch=64, lr=5e-5, decay="constant", ema=0.999,
+    time_shift=3.0, sample_steps=32, guidance=5.0, recompute=True)
 
 def parse(argv):
     parser = Parser(__doc__)
     add = parser.add
     add("--data", "sprites", 'what to learn: "sprites", a folder of videos, or one of latents (.npz)')
     add("--out", None, "the run's folder (default: a new numbered one under runs/)", type=Path)
-    add("--frames", None, "length of a training clip (default: 10, or more for whole chunks; 21 latents at Wan's size)", type=positive)
+    add("--frames", None, "length of a training clip (default: 10, or more for whole chunks; 21 for Wan)", type=positive)
     add("--size", 16, "height and width in pixels, or HEIGHTxWIDTH", type=pixels)
     add("--fps", 0.0, "read videos at this rate; 0: each at its own", type=amount)
     add("--stride", 1, "take every so manieth frame of a video", type=positive)
@@ -55,8 +55,8 @@ def parse(argv):
     add("--wall", False, "sprites pass behind a wall", action="store_true")
     add("--withheld", 0.0, "share of the sprite clips without a caption", type=share)
     add("--preset", "toy", "size of the network", choices=PRESETS)
-    for flag, what in (("--dim", "width of the network, a quarter of its MLPs'"), ("--heads", "attention heads"), ("--layers", "blocks"),
-                       ("--patch", "pixels along a side of a token"), ("--chunk", "latent frames in a frame, the paper: 3")):
+    for flag, what in (("--dim", "width of the network, a quarter of its MLPs'"), ("--heads", "attention heads"),
+                       ("--layers", "blocks"), ("--patch", "pixels along a side of a token"), ("--chunk", "latent frames in a frame, the paper: 3")):
         add(flag, None, f"{what} (default: the preset's)", type=positive)
     add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
     add("--window", None, "history frames in sight, also in training (default: all)", type=positive)
@@ -87,7 +87,7 @@ def parse(argv):
     add("--workers", None, "processes that decode videos (default: 2; sprites need none)", type=natural)
     add("--precision", None, "fp32 or bf16 autocast (default: bf16 on CUDA)", choices=("fp32", "bf16"))
     add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
-    add("--recompute", False, "run each block again in backward instead of keeping what it made: less memory", action="store_true")
+    add("--recompute", False, "run each block again in backward and keep less: saves memory", action="store_true")
     add("--fsdp", False, "with torchrun: weights, gradients and moments spread over the processes", action="store_true")
     add("--device", DEVICES[-1], "where to run", choices=DEVICES)
     add("--dry-run", False, "say what a run would cost, and do nothing", action="store_true")
@@ -96,22 +96,17 @@ def parse(argv):
     add("--tflops", 989.0, "for --dry-run: what each can do at best, in 1e12 FLOPs per second", type=plus)
     add("--mfu", 0.45, "for --dry-run: the share of that which is expected", type=number(float, 0, 1, above=True))
     args = parser.parse_args(argv)
-    if args.preset in RECIPES:
-        parser.set_defaults(**RECIPES[args.preset])
-        args = parser.parse_args(argv)
     if args.resume:  # the run's own flags, unless the command line says otherwise
-        args.out = args.out or latest_run()
-        saved = read_checkpoint(args.out)["args"]
-        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume", "device", "init", "words", "fsdp")})
-        args = parser.parse_args(argv + ["--out", str(args.out)])
-    if args.frames is None:
-        args.frames = whole_chunks(10, args.chunk or PRESETS[args.preset].chunk)
+        out = args.out or latest_run()
+        saved = read_checkpoint(out)["args"].items()
+        parser.set_defaults(**{k: v for k, v in saved if k not in ("resume", "device", "init", "words", "fsdp")} | {"out": out})
+    elif args.preset.startswith("wan"):
+        parser.set_defaults(**PAPER)
+    args = parser.parse_args(argv)
+    chunk = args.chunk or PRESETS[args.preset].chunk
+    args.frames = args.frames or multiple(max(10, 2 * chunk), chunk)
     args.precision = args.precision or ("bf16" if "cuda" in args.device or args.dry_run else "fp32")
     return args
-
-def whole_chunks(frames, chunk):
-    """The least length of a clip, of so many frames or more, that makes two or more whole chunks."""
-    return max(2, -(-frames // chunk)) * chunk
 
 def streams(seed, indices, device):
     """A context in which every clip of a batch draws its noise from a stream of its own, named by (seed, its index).
@@ -137,14 +132,13 @@ def launch(args):
         return 0, args.gpus, torch.device("cuda")
     if "RANK" not in os.environ:
         if args.fsdp:
-            raise ValueError("--fsdp spreads a network over processes: start it with torchrun --nproc-per-node N train.py --fsdp")
+            raise ValueError("--fsdp spreads a network over processes: torchrun --nproc-per-node N train.py --fsdp would work")
         return 0, 1, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        patient = timedelta(hours=6)  # the others wait while the first process makes pictures
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patient)
+    if not dist.is_initialized():  # the others wait while the first process makes pictures
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), dist.get_world_size(), device
 
 def configure(args, data, world):
@@ -157,23 +151,23 @@ def configure(args, data, world):
     if data:
         config = replace(config, channels=data.channels, text_dim=data.text_dim)
         args.rate, args.words = data.fps, data.words and [data.words.vocabulary, data.words.rows]
-    parts, values = world * args.accumulate, config.channels * config.patch ** 2
-    for wrong, why in (
-            (height % config.patch or width % config.patch, f"--size {height} x {width} is not divisible by the patch, {config.patch}; "
-                                                            f"{-(-height // config.patch) * config.patch} would work"),
-            (args.frames % config.chunk or args.frames < 2 * config.chunk,
-             f"--frames {args.frames} does not make two or more chunks of {config.chunk}; {whole_chunks(args.frames, config.chunk)} would"),
-            (args.batch % parts, f"--batch {args.batch} cannot be shared by {world} processes in {args.accumulate} passes; "
-                                 f"{-(-args.batch // parts) * parts} could"),
-            (values > config.dim, f"a patch holds {values} values, more than the width {config.dim} can carry; give a smaller --patch "
-                                  "or a larger --dim")):
-        if wrong:
-            raise ValueError(why)
+    parts = f"the processes ({world}) times --accumulate"
+    for what, value, unit, of in (
+            ("--size", height, config.patch, "the patch"), ("--size", width, config.patch, "the patch"),
+            ("--frames", args.frames, config.chunk, "the chunk"), ("--batch", args.batch, world * args.accumulate, parts)):
+        if value % unit:
+            raise ValueError(f"{what} {value} is not divisible by {unit}, {of}; {multiple(value, unit)} would work")
+    if args.frames < 2 * config.chunk:
+        raise ValueError(f"--frames {args.frames}: wanted two or more chunks of {config.chunk}; {2 * config.chunk} would work")
+    if (values := config.channels * config.patch ** 2) > config.dim:
+        raise ValueError(f"a patch holds {values} values, more than the width {config.dim} can carry; give a smaller --patch "
+                         "or a larger --dim")
     return config
 
 def make_optimizer(net, lr):
     """AdamW, with weight decay on matrices only: not on biases, norms and modulation."""
-    groups = [{"params": [p for p in net.parameters() if (p.dim() == 2) == (decay > 0)], "weight_decay": decay} for decay in (0.01, 0.0)]
+    groups = [{"params": [p for p in net.parameters() if (p.dim() == 2) == (decay > 0)], "weight_decay": decay}
+              for decay in (0.01, 0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 def learning_rate(step, args):
@@ -197,7 +191,8 @@ def build(args, config, device):
     """(network, its average, optimizer, first step): new ones, with the weights of --init, or all of --resume."""
     torch.manual_seed(args.seed)
     net, path, state = CausalDiT(config).to(device), args.out if args.resume else args.init, None
-    if path and args.preset in RECIPES and not (args.resume or Path(path, "ckpt.pt").is_file() or path.name == "ckpt.pt"):
+    ours = path and (args.resume or path.name == "ckpt.pt" or (path / "ckpt.pt").is_file())
+    if path and not ours and args.preset.startswith("wan"):
         load_wan(net, path)
     elif path:
         state = read_checkpoint(path)
@@ -208,9 +203,8 @@ def build(args, config, device):
             raise ValueError(f"--steps {args.steps}: the run in {path} is already at step {state['step']}; more would go on")
         ema.load_state_dict(state["ema"])
     net.recompute = args.recompute
-    if args.fsdp:
-        shard(net)
-        shard(ema)
+    for module in (*net.blocks, net, *ema.blocks, ema) if args.fsdp else ():
+        fully_shard(module)  # FSDP2: every process holds its part of each block, and gathers a block when it runs
     optimizer = make_optimizer(net, args.lr)
     if args.resume:
         set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
@@ -233,7 +227,7 @@ def save(net, ema, optimizer, step, args, rank):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise ValueError(f"could not save step {step} ({error}); the {path} before it is untouched: make room, then --resume") from None
+        raise ValueError(f"could not save step {step} ({error}); {path} is as it was: make room, then --resume") from None
 
 def plain(args):
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -252,12 +246,6 @@ def ignore_signals(worker):
     """Workers leave Ctrl-C to their parent, which ends them when the last step is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-def shard(net):
-    """FSDP2: every process holds its part of each block, and gathers a block when it runs."""
-    for block in net.blocks:
-        fully_shard(block)
-    fully_shard(net)
 
 @contextmanager
 def gathered(net):
@@ -343,10 +331,12 @@ def update(net, ema, optimizer, loss, step, args):
 def main(argv):
     args = parse(argv)
     rank, world, device = launch(args)
-    data = None if args.dry_run and args.preset in RECIPES else open_data(args)
+    data = None if args.dry_run and args.preset.startswith("wan") else open_data(args)
     config = configure(args, data, world)
+    cost = plan(args, config, data[0][1].shape[0] if data else 512, world)
     if args.dry_run:
-        return announce(args, config, data, 0, world, device)
+        announce(args, config, cost, world, device)
+        return print_plan(args, cost, world)
     test = open_data(args, "test") if args.data == "sprites" else data  # to look at: of a folder, its first clips
     net, ema, optimizer, start = build(args, config, device)
     if args.compile:
@@ -354,7 +344,10 @@ def main(argv):
     model = DistributedDataParallel(net) if world > 1 and not args.fsdp else net
     args.out, log = open_out(args, start, rank, world)
     if rank == 0:
-        announce(args, config, data, start, world, device)
+        announce(args, config, cost, world, device)
+        print(f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history "
+              f"{args.history}" + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
+              f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
 
     told, waits, step = [], [], start
     before = {sign: signal.signal(sign, lambda *_: told.append(1)) for sign in (signal.SIGINT, signal.SIGTERM)}
@@ -385,7 +378,7 @@ def main(argv):
         print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
     elif rank == 0:
         with precision(args, device):
-            finish(test, args, config, device)
+            finish(test, args, cost, world, device)
     if world > 1:
         dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
         dist.destroy_process_group()
@@ -443,21 +436,17 @@ def plan(args, config, words, world):
               "activations": clips * (2 * N - 1) * P * keep, "cache": clips * 4 * config.layers * N * P * config.dim}
     return n, teacher, resample, parts
 
-def announce(args, config, data, start, world, device):
-    """What is about to happen, said before the first step, and all that --dry-run says."""
-    n, teacher, resample, parts = plan(args, config, data[0][1].shape[0] if data else 512, world)
+def announce(args, config, cost, world, device):
+    """What a step takes, said before the first one."""
+    n, teacher, resample, _ = cost
     tokens = (2 * args.frames - config.chunk) * args.height * args.width // config.patch ** 2 * args.batch
-    print(f"{args.data if data else 'latents'}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} per "
-          f"step\n{n:,} parameters on {world} x {device.type}, {args.precision}; {tokens:,} tokens and {teacher:.2e} FLOPs per "
+    print(f"{args.data}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} per step\n"
+          f"{n:,} parameters on {world} x {device.type}, {args.precision}; {tokens:,} tokens and {teacher:.2e} FLOPs per "
           f"teacher-forcing step, {resample:.2e} per resampling step")
-    if args.dry_run:
-        return print_plan(args, world, teacher, resample, parts)
-    print(f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history "
-          f"{args.history}" + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
-          f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
 
-def print_plan(args, world, teacher, resample, parts):
+def print_plan(args, cost, world):
     """Does it fit, what would make it fit, and how long will it take?"""
+    _, teacher, resample, parts = cost
     total, later = sum(parts.values()) / 2 ** 30, max(0, args.steps - args.warmup)
     print("GiB on each: " + ", ".join(f"{key} {value / 2 ** 30:.1f}" for key, value in parts.items()) +
           f"; {total:.1f} of {args.gpu_memory:g}")
@@ -466,8 +455,8 @@ def print_plan(args, world, teacher, resample, parts):
     print("this fits" if total < args.gpu_memory else
           f"this does not fit; what would help: {', '.join(cure for cure, helps in cures.items() if helps)}")
     seconds = [z / world / args.tflops / 1e12 / args.mfu for z in (teacher, resample)]
-    print(f"at {args.tflops:g} TFLOPS and an MFU of {args.mfu:g}: {seconds[0]:.1f} s per teacher-forcing step, {seconds[1]:.1f} s "
-          f"per resampling step ({seconds[1] / seconds[0]:.2f} x), {np.dot(seconds, (args.steps - later, later)) / 3600:,.0f} "
+    print(f"at {args.tflops:g} TFLOPS and an MFU of {args.mfu:g}: {seconds[0]:.1f} s per teacher-forcing step, {seconds[1]:.1f} "
+          f"s per resampling step ({seconds[1] / seconds[0]:.2f} x), {np.dot(seconds, (args.steps - later, later)) / 3600:,.0f} "
           f"hours for {args.steps:,} steps")
 
 def continue_clips(net, test, frames, args):
@@ -490,31 +479,32 @@ def look(net, test, args, step):
             losses.append(flow_matching_loss(net, x, c, x[:, :-1], args.time_shift).item())
     return {"held_out_loss": np.mean(losses)}
 
-def finish(test, args, config, device):
+def finish(test, args, cost, world, device):
     """The end of a run: clips continued to four times the training length, and measured where there is a ruler."""
     path, frames, prompt = args.out / "samples" / "final", 4 * args.frames, ""
     if args.data == "sprites":
         print("held-out clips continued to four times the training length, 0 to 100 (truth itself is near 100):")
-        sample.main(["--eval", "--videos=16", f"--checkpoint={args.out}", f"--out={path}.gif", f"--device={args.device}", f"--frames={frames}",
-                     f"--steps={args.sample_steps}", f"--time-shift={args.sample_shift}", f"--guidance={args.guidance}"])
+        sample.main(["--eval", "--videos=16", f"--checkpoint={args.out}", f"--out={path}.gif", f"--device={args.device}",
+                     f"--frames={frames}", f"--steps={args.sample_steps}", f"--time-shift={args.sample_shift}",
+                     f"--guidance={args.guidance}"])
         prompt = f' "{test.caption(0)}"'
     else:
         compare(path, continue_clips(load_checkpoint(args.out).to(device), test, frames, args), test.fps)
-    print(f"{speeds(args, config, device)}\nlook at {path}.gif and {path}.png (truth above, rollout below), then try\n"
+    print(f"{speeds(args, cost, world, device)}\nlook at {path}.gif and {path}.png (truth above, rollout below), then try\n"
           f"  python sample.py{prompt} --checkpoint {args.out}")
 
-def speeds(args, config, device):
+def speeds(args, cost, world, device):
     """Median times of the run's steps, by kind, from its log, and how far off `plan` was. What a redrawn history costs is
     told from the same steps without it: they are then teacher-forcing steps, taken in the same minutes."""
+    _, teacher, resample, parts = cost
     steps = [step for step in map(json.loads, (args.out / "log.jsonl").read_text().splitlines()) if "loss" in step]
     kind, seconds, history, waits = (np.array([step[key] for step in steps])
                                      for key in ("history", "seconds", "history_seconds", "data_seconds"))
-    world, bare, kinds = int(os.environ.get("WORLD_SIZE", 1)), seconds - history, []
-    _, teacher, resample, parts = plan(args, config, args.words[1] if args.words else 512, world)
+    bare, kinds = seconds - history, []
     for name in sorted({*kind}, reverse=True):
         mine, planned = kind == name, f", planned {resample / teacher:.2f} x" * (name == "resample_history")
-        cost = f" ({np.median((seconds / bare)[mine]):.2f} x one without it{planned})" * (name != "teacher_history")
-        kinds.append(f"{name} {1000 * np.median(seconds[mine]):.0f} ms{cost}")
+        extra = f" ({np.median((seconds / bare)[mine]):.2f} x one without it{planned})" * (name != "teacher_history")
+        kinds.append(f"{name} {1000 * np.median(seconds[mine]):.0f} ms{extra}")
     tflops = teacher / np.median(bare) / world / 1e12
     rate = f"without its history a step runs at {tflops:.3f} TFLOPS on each device"
     if device.type == "cuda":
