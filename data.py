@@ -419,7 +419,8 @@ class Folder:
             raise ValueError(f"no clip in {folder} has {self.frames} frames: of {len(lengths)} the longest has "
                              f"{max(lengths.values(), default=0)}, and {bad} cannot be read")
         if len(self.files) < len(lengths):
-            print(f"warning: skipping {len(lengths) - len(self.files)} of {len(lengths)} clips, of fewer than {self.frames} frames")
+            short = len(lengths) - len(self.files)
+            print(f"warning: skipping {short} of {len(lengths)} clips, of fewer than {self.frames} frames")
 
 class Videos(Folder):
     """Any files that ffmpeg reads, with an optional caption in name.txt beside name.mp4.
@@ -473,8 +474,8 @@ class Latents(Folder):
         first, (latents, text) = next(iter(shapes.items()))
         for path, (others, words) in shapes.items():
             if (others[1:], words[1]) != (latents[1:], text[1]):
-                raise ValueError(f"{path} holds latents {others} with text {words}, but {first} {latents} with {text}; all files of "
-                                 "a folder need the same channels, size and text width")
+                raise ValueError(f"{path} holds latents {others} with text {words}, but {first} {latents} with {text}; "
+                                 "all files of a folder need the same channels, size and text width")
         self.keep(folder, {path: others[0] for path, (others, _) in shapes.items()})
         self.channels, self.size, self.text_dim = latents[1], latents[2:], text[1]
         self.rows = max(words[0] for _, words in shapes.values())

@@ -40,7 +40,8 @@ class Config:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive (top_k and window may be left out, for all history)")
         if self.dim % (2 * self.heads):
-            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; {2 * self.heads} would work")
+            raise ValueError(f"dim {self.dim} cannot be split into {self.heads} heads of an even width; "
+                             f"{2 * self.heads} would work")
 
 PRESETS = {
     "toy": Config(),
@@ -134,7 +135,8 @@ class Cache:
             if B != self.batch:
                 raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
             kinds = (k, 0), (v, 0), (describe(k), 0), (k, self.sink)
-            self.k, self.v, self.descriptor, self.sink_k = (z.new_zeros(self.config.layers, B, H, n, *z.shape[3:]) for z, n in kinds)
+            self.k, self.v, self.descriptor, self.sink_k = (
+                z.new_zeros(self.config.layers, B, H, n, *z.shape[3:]) for z, n in kinds)
         if slots > self.k.shape[3]:
             more = max(self.length, min(self.frames, self.window or self.frames)) + slots - self.length - self.k.shape[3]
             kept = self.k, self.v, self.descriptor
@@ -294,7 +296,7 @@ class CausalDiT(nn.Module):
     def check(self, x, c):
         config, (_, _, channels, height, width) = self.config, x.shape
         if channels != config.chunk * config.channels:
-            raise ValueError(f"frames of {channels} channels; this model's have {config.chunk} x {config.channels} (chunk x channels)")
+            raise ValueError(f"frames of {channels} channels; this model's have {config.chunk} (the chunk) x {config.channels}")
         if height % config.patch or width % config.patch:
             raise ValueError(f"frames of {height} x {width}; both must be multiples of the patch, {config.patch}")
         if c.shape[-1] != config.text_dim:

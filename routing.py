@@ -149,17 +149,15 @@ def flex():
 
 @lru_cache(maxsize=64)
 def dense_blocks(table, shape, P, device, size=128):
-    """FlexAttention's block mask for a table (its bytes) of which row sees which column, made from the counts of frame
-    pairs in each block: nothing here has more entries than there are blocks, and `sees` judges each pair of tokens."""
+    """FlexAttention's block mask for a table (its bytes) of which row sees which column, made from the frames that
+    each block touches: nothing here has more entries than there are blocks, and `sees` judges each pair of tokens."""
     seen = unpack(table, shape, "cpu")
     numbers = torch.tensor(read_table(seen), device=device).unbind()  # tensors: another table is then no other kernel
-    below = F.pad(seen.int().cumsum(0).cumsum(1), (1, 0, 1, 0))  # how many pairs are seen above and left of a corner
-    (r0, r1, whole_rows), (c0, c1, whole_columns) = (  # of each block: its first frame, the one after its last, is it whole
-        (start // P, ((start + size).clamp(max=n * P) - 1) // P + 1, start + size <= n * P)
-        for n, start in ((n, torch.arange(0, n * P, size)) for n in shape))
-    count = below[r1][:, c1] - below[r0][:, c1] - below[r1][:, c0] + below[r0][:, c0]
-    full = (count == (r1 - r0)[:, None] * (c1 - c0)) & whole_rows[:, None] & whole_columns
-    kinds = [z.to(device)[None, None] for blocks in ((count > 0) & ~full, full)
+    seen = F.pad(seen, (0, 1, 0, 1))  # nothing is seen past the end, which a last block may reach
+    rows, columns = ((start < frame + P) & (start + size > frame) for start, frame in (
+        (torch.arange(0, n * P, size)[:, None], torch.arange(n + 1) * P) for n in shape))  # which frames a block touches
+    some, others = (rows.float() @ pairs.float() @ columns.float().T > 0 for pairs in (seen, ~seen))
+    kinds = [z.to(device)[None, None] for blocks in (some & others, some & ~others)
              for z in (blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int())]
     return BlockMask.from_kv_blocks(*kinds, BLOCK_SIZE=size, seq_lengths=(shape[0] * P, shape[1] * P),
                                     mask_mod=lambda b, h, q, s: sees(q // P, s // P, *numbers))

@@ -58,7 +58,7 @@ def parse(argv):
     add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
     add("--videos", 64, "how many, for --eval", type=positive)
-    add("--true-history", False, "with --eval or --table: every frame continues the truth: no error adds up", action="store_true")
+    add("--true-history", False, "with --eval or --table: each frame continues the truth, no error adds up", action="store_true")
     add("--compare", [], "--eval of several runs on the same clips, with a picture of all", type=Path, nargs="+", metavar="RUN")
     add("--table", [], "print what --eval wrote; NAME-0, NAME-1 ... are seeds of NAME", type=Path, nargs="+", metavar="RUN")
     add("--routing", False, "draw how often each history frame is picked (needs a model with --top-k)", action="store_true")
@@ -75,11 +75,12 @@ def settle(args, model):
     for wrong, why in (
             (args.frames % chunk, f"--frames {args.frames} is not divisible by {chunk}, the chunk; "
                                   f"{multiple(args.frames, chunk)} would work"),
-            (measured and args.frames < 3 * chunk, f"--frames {args.frames}: two of {chunk} are given; {3 * chunk} can be measured"),
+            (measured and args.frames < 3 * chunk,
+             f"--frames {args.frames}: two of {chunk} are given; {3 * chunk} can be measured"),
             (measured and (args.prompts or args.given or args.then or args.routing),
              "--eval and --compare continue held-out clips by caption; leave out prompts, --given, --then and --routing"),
-            (args.window and args.sink >= args.window, f"--sink {args.sink} leaves no room in --window {args.window}; wanted fewer"),
-            (args.routing and not model.config.top_k, "--routing needs a model that routes: train one with --top-k 5, for instance"),
+            (args.window and args.sink >= args.window, f"--sink {args.sink} leaves no room in --window {args.window}"),
+            (args.routing and not model.config.top_k, "--routing needs a model that routes: train one with --top-k 5"),
             (not (pixels or args.wan or measured), "this model makes latents: --wan PATH names their VAE and text encoder"),
             (pixels and args.wan, "--wan: this model makes pixels itself, and needs no VAE"),
             (not set(at) <= set(map(str, range(chunk, args.frames, chunk))),
@@ -273,7 +274,7 @@ def print_tables(args):
         groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(json.loads(path.read_text())["frames"])
     for name, frames in groups.items():
         if len({len(video) for video in frames}) > 1:
-            raise ValueError(f"the seeds of {name} have {', '.join(map(str, map(len, frames)))} frames; wanted one --frames for all")
+            raise ValueError(f"the seeds of {name} have {', '.join(map(str, map(len, frames)))} frames; wanted the same")
         print(f"{name}, {len(frames)} seed{'s' * (len(frames) > 1)}\n{ruler_table(torch.tensor(frames))}")
 
 def main(argv):

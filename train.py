@@ -8,6 +8,7 @@ First teacher forcing (--warmup steps), then --history: "resample" redraws the h
 The run's folder holds ckpt.pt, config.json, log.jsonl and samples/. Ctrl-C saves; --resume goes on, bit for bit.
 """
 import copy
+import ctypes
 import json
 import math
 import os
@@ -56,7 +57,8 @@ def parse(argv):
     add("--withheld", 0.0, "share of the sprite clips without a caption", type=share)
     add("--preset", "toy", "size of the network", choices=PRESETS)
     for flag, what in (("--dim", "width of the network, a quarter of its MLPs'"), ("--heads", "attention heads"),
-                       ("--layers", "blocks"), ("--patch", "pixels along a side of a token"), ("--chunk", "latent frames in a frame, the paper: 3")):
+                       ("--layers", "blocks"), ("--patch", "pixels along a side of a token"),
+                       ("--chunk", "latent frames in a frame, the paper: 3")):
         add(flag, None, f"{what} (default: the preset's)", type=positive)
     add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
     add("--window", None, "history frames in sight, also in training (default: all)", type=positive)
@@ -169,6 +171,13 @@ def make_optimizer(net, lr):
     groups = [{"params": [p for p in net.parameters() if (p.dim() == 2) == (decay > 0)], "weight_decay": decay}
               for decay in (0.01, 0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+def keep_memory():
+    """Keep what is freed: glibc would hand it back to the system, and every step would page it in again, which takes a CPU up
+    to a tenth of the step."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 2 ** 30)
 
 def learning_rate(step, args):
     if step < args.lr_warmup:
@@ -330,6 +339,7 @@ def update(net, ema, optimizer, loss, step, args):
 
 def main(argv):
     args = parse(argv)
+    keep_memory()
     rank, world, device = launch(args)
     data = None if args.dry_run and args.preset.startswith("wan") else open_data(args)
     config = configure(args, data, world)
@@ -454,10 +464,10 @@ def print_plan(args, cost, world):
              "more --accumulate": args.batch > world * args.accumulate, "fewer --frames": True}
     print("this fits" if total < args.gpu_memory else
           f"this does not fit; what would help: {', '.join(cure for cure, helps in cures.items() if helps)}")
-    seconds = [z / world / args.tflops / 1e12 / args.mfu for z in (teacher, resample)]
-    print(f"at {args.tflops:g} TFLOPS and an MFU of {args.mfu:g}: {seconds[0]:.1f} s per teacher-forcing step, {seconds[1]:.1f} "
-          f"s per resampling step ({seconds[1] / seconds[0]:.2f} x), {np.dot(seconds, (args.steps - later, later)) / 3600:,.0f} "
-          f"hours for {args.steps:,} steps")
+    first, second = (z / world / args.tflops / 1e12 / args.mfu for z in (teacher, resample))
+    print(f"at {args.tflops:g} TFLOPS and an MFU of {args.mfu:g}: {first:.1f} s per teacher-forcing step, {second:.1f} s per "
+          f"resampling step ({second / first:.2f} x), {(first * (args.steps - later) + second * later) / 3600:,.0f} hours for "
+          f"{args.steps:,} steps")
 
 def continue_clips(net, test, frames, args):
     """Four clips (4, T, ...) and what the model makes of their first frames (4, frames, ...).
