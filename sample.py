@@ -64,9 +64,10 @@ def parse(argv):
     add("--routing", False, "draw how often each history frame is picked (needs a model with --top-k)", action="store_true")
     return parser.parse_args(argv)
 
-def settle(args, model):
-    """Fill in what the run knows better than the command line; say what cannot be."""
-    run, chunk, pixels = model.run, model.config.chunk, model.config.channels == 3
+def settle(args, checkpoint, model):
+    """The flags for one of the runs: filled in with what it knows better than the command line. Says what cannot be."""
+    args, run, chunk, pixels = copy.copy(args), model.run, model.config.chunk, model.config.channels == 3
+    args.checkpoint = checkpoint
     for name, value in (("frames", 2 * run["frames"]), ("steps", 4 if pixels else 32), ("guidance", 2.0 if pixels else 5.0),
                         ("window", min(run["frames"] // chunk - 1, (model.config.window or run["frames"]) + 1))):
         if getattr(args, name) is None:
@@ -281,21 +282,23 @@ def main(argv):
     args = parse(argv)
     if args.table:
         return print_tables(args)
-    rows = {}
-    for args.checkpoint in args.compare or [args.checkpoint or latest_run()]:
-        model = load_checkpoint(args.checkpoint).to(args.device)
+    runs, rows = args.compare or [args.checkpoint or latest_run()], {}
+    models = [load_checkpoint(run).to(args.device) for run in runs]
+    settled = [settle(args, run, model) for run, model in zip(runs, models)]
+    if len({str([model.run[key] for key in ("data", "size", "objects", "wall")]) for model in models}) > 1:
+        raise ValueError("--compare: these runs learned different worlds; wanted one --data, --size, --objects and --wall")
+    for own, model in zip(settled, models):
         if args.compile:
             model.compile_blocks()
         if "cuda" in args.device:
             model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
-        own = settle(copy.copy(args), model)
         if args.eval or args.compare:
-            print(f"{args.checkpoint}:")
-            rows["truth"], rows[samples_of(args.checkpoint).parent.name] = (video[:4] for video in evaluate(own, model))
+            print(f"{own.checkpoint}:")
+            rows["truth"], rows[samples_of(own.checkpoint).parent.name] = (video[:4] for video in evaluate(own, model))
         else:
             make(own, model)
     if rows:
-        path = targets(args, ["eval"])[0]
+        path = targets(own, ["eval"])[0]
         compare(path, rows, model.run["rate"])
         print(f"the first {len(rows['truth'])} of them: {path.with_suffix('.gif')} and {path.with_suffix('.png')}")
 

@@ -1069,6 +1069,11 @@ def test_evaluations_are_written_compared_and_gathered(trained, tmp_path, capsys
     path.write_text(json.dumps({"frames": json.loads(path.read_text())["frames"] * 2}))
     with pytest.raises(ValueError, match="the seeds of toy have 18, 9 frames"):
         sample.main(["--table", *runs])
+    other = torch.load(tmp_path / "toy-1/ckpt.pt")
+    other["args"]["wall"] = True
+    torch.save(other, tmp_path / "toy-1/ckpt.pt")
+    with pytest.raises(ValueError, match="these runs learned different worlds"):
+        sample.main(["--compare", *runs, *flags])
 
 
 def test_on_true_history_each_frame_continues_the_truth(trained, monkeypatch):
