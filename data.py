@@ -169,7 +169,7 @@ class Sprites:
         self.text_dim = self.words.text_dim
 
     def scene(self, index, frames=None):
-        """(colour (S,), shape (S,), at (T, S, 2) in pixels): the truth about a clip of any length."""
+        """(colour (S,), shape (S,), at (T, S, 2) in pixels): the truth about a clip. A longer one begins with the shorter."""
         rng = np.random.default_rng([*self.key, index])
         colour = rng.permutation(len(COLOURS))[:self.objects]
         shape = rng.integers(len(SHAPES), size=self.objects)
@@ -195,11 +195,6 @@ class Sprites:
     def caption(self, index):
         """For instance "red circle and blue square", the sprite in front first."""
         return name(*self.scene(index, 1)[:2])
-
-    def video(self, index, frames=None):
-        """(T, 3, size, size) in [-1, 1]; a longer clip begins with the shorter one."""
-        colour, shape, at = self.scene(index, frames)
-        return paint(at, shape, colour, self.size, self.wall)
 
     def __getitem__(self, index):
         return self.__getitems__([index])[0]

@@ -65,7 +65,8 @@ def parse(argv):
     return parser.parse_args(argv)
 
 def settle(args, checkpoint, model):
-    """The flags for one of the runs: filled in with what it knows better than the command line. Says what cannot be."""
+    """The flags for one of the runs, filled in with what it knows better than the command line; `settings`: those that
+    `generate` is told. Says what cannot be."""
     args, run, chunk, pixels = copy.copy(args), model.run, model.config.chunk, model.config.channels == 3
     args.checkpoint = checkpoint
     for name, value in (("frames", 2 * run["frames"]), ("steps", 4 if pixels else 32), ("guidance", 2.0 if pixels else 5.0),
@@ -88,6 +89,8 @@ def settle(args, checkpoint, model):
              f"--then {' '.join(at)}: wanted the number of a frame, below --frames {args.frames} and divisible by {chunk}")):
         if wrong:
             raise ValueError(why)
+    args.settings = dict(steps=args.steps, time_shift=args.time_shift, guidance=args.guidance, window=args.window or None,
+                         sink=args.sink, seed=args.seed)
     return args
 
 def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, window=None, sink=0, seed=0, null=None):
@@ -113,11 +116,6 @@ def extend(model, video, c, frames, given=2, **settings):
     new = frames // chunk - given
     made = tqdm(generate(model, [(0, c)], x, frames // chunk, **settings), "rollout", new, leave=False, disable=new < 20)
     return unfold(torch.cat([x, *made], dim=1), chunk).cpu()
-
-def options(args):
-    """What `generate` is told by the command line."""
-    return dict(steps=args.steps, time_shift=args.time_shift, guidance=args.guidance, window=args.window or None,
-                sink=args.sink, seed=args.seed)
 
 def samples_of(run):
     return (run if run.is_dir() else run.parent) / "samples"
@@ -161,7 +159,7 @@ def make(args, model):
                            for i, prompt in enumerate(prompts)])
     show, shares, sampling, showing, small = wan.decoder() if wan else torch.Tensor.cpu, [], [], [], []
     null = wan and wan.text([args.negative]).to(args.device)
-    frames = generate(model, cs, given, args.frames // chunk, null=null, **options(args))
+    frames = generate(model, cs, given, args.frames // chunk, null=null, **args.settings)
     videos = timed(map(show, timed((unfold(frame, chunk).cpu() for frame in frames), sampling)), showing)
     before = [show(unfold(given, chunk))] if given.shape[1] else []
     with ExitStack() as stack:
@@ -237,7 +235,7 @@ def evaluate(args, model):
         made = [truth[:, :given * chunk].cpu()]
         for start, end in parts:
             known = min(start, args.window or start)
-            settings = options(args) | {"seed": args.seed + i + start}
+            settings = args.settings | {"seed": args.seed + i + start}
             video = extend(model, truth[:, (start - known) * chunk:], c, (end - start + known) * chunk, known, **settings)
             made.append(video[:, known * chunk:])
         clips.append((truth.cpu(), torch.cat(made, dim=1)))

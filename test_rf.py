@@ -656,7 +656,7 @@ def test_sprites_are_a_function_of_seed_split_and_index():
     assert torch.equal(a[5][0], b[5][0]) and torch.equal(a[5][1], b[5][1])
     others = [Sprites(seed=2)[5], Sprites(seed=1, split="test")[5], a[6]]
     assert all(not torch.equal(a[5][0], other[0]) for other in others)
-    assert torch.equal(a.video(5, 40)[:12], a.video(5)) and a[5][0].abs().max() <= 1
+    assert torch.equal(Sprites(frames=40, seed=1)[5][0][:12], a[5][0]) and a[5][0].abs().max() <= 1
     assert {a.caption(i) for i in range(200)}.isdisjoint({""}) and len({a.caption(i) for i in range(200)}) > 50
 
 
@@ -687,8 +687,8 @@ def test_words_bind_and_nothing_is_zero():
 
 
 def test_the_ruler_gives_truth_100_and_noise_0():
-    world = Sprites(split="test")
-    video, captions = torch.stack([world.video(i, 18) for i in range(6)]), [world.caption(i) for i in range(6)]
+    world = Sprites(frames=18, split="test")
+    video, captions = torch.stack([world[i][0] for i in range(6)]), [world.caption(i) for i in range(6)]
     truth = measure(video, captions).nanmean((0, 1))
     assert (truth > 95).all(), truth
     torch.manual_seed(0)
@@ -704,8 +704,8 @@ def blurred(video, sigma):
 
 
 def test_the_ruler_tells_pixels_motion_and_names_apart():
-    world = Sprites(split="test")
-    video, captions = torch.stack([world.video(i, 18) for i in range(6)]), [world.caption(i) for i in range(6)]
+    world = Sprites(frames=18, split="test")
+    video, captions = torch.stack([world[i][0] for i in range(6)]), [world.caption(i) for i in range(6)]
     truth, slight, strong = (measure(z, captions).nanmean((0, 1)) for z in (video, blurred(video, 0.6), blurred(video, 2)))
     noise = measure(torch.rand_like(video) * 2 - 1, captions).nanmean((0, 1))
     assert (truth >= slight - 1).all() and (slight > strong + 30).all() and (strong > noise + 10).all()
@@ -718,8 +718,8 @@ def test_the_ruler_tells_pixels_motion_and_names_apart():
 
 def test_the_ruler_forgives_what_the_wall_hides():
     for objects, size in ((1, 20), (2, 32)):
-        world = Sprites(size, split="test", objects=objects, wall=True)
-        video, captions = torch.stack([world.video(i, 24) for i in range(8)]), [world.caption(i) for i in range(8)]
+        world = Sprites(size, 24, split="test", objects=objects, wall=True)
+        video, captions = torch.stack([world[i][0] for i in range(8)]), [world.caption(i) for i in range(8)]
         assert (measure(video, captions, wall=True).nanmean((0, 1)) > 95).all()
 
 
@@ -1028,7 +1028,7 @@ def test_prompts_become_videos_of_any_length(trained, tmp_path, capsys):
 def test_a_clip_is_continued_and_the_prompt_switched(trained, tmp_path):
     clip_path = tmp_path / "clip.gif"
     with writer(clip_path, 8) as out:
-        out(Sprites(size=8).video(3, 6))
+        out(Sprites(size=8, frames=6)[3][0])
     sample.main(["red circle", "--then", "8", "blue square", "--given", str(clip_path), "--checkpoint", str(trained), "--out",
                  str(tmp_path / "on.gif"), "--frames", "10", "--steps", "2"])
     made, given = read_video(tmp_path / "on.gif", 8), read_video(clip_path, 8)
@@ -1104,10 +1104,10 @@ def clips(tmp_path):
     folder = tmp_path / "clips"
     for i, name in enumerate(("a.mp4", "b.gif", "c.mp4")):
         with writer(folder / name, 10) as out:
-            out(Sprites(size=16).video(i, 14))
+            out(Sprites(size=16, frames=14)[i][0])
     (folder / "a.txt").write_text("A red Circle, moving")
     with writer(folder / "short.gif", 10) as out:
-        out(Sprites(size=16).video(7, 3))
+        out(Sprites(size=16, frames=3)[7][0])
     (folder / "broken.mp4").write_bytes(b"not a video at all")
     return folder
 
@@ -1246,7 +1246,7 @@ def test_bad_flags_are_one_line(flags, capsys):
 def test_bad_input_to_sampling(flags, message, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with writer("clip.gif") as out:
-        out(Sprites(size=8).video(0, 5))
+        out(Sprites(size=8, frames=5)[0][0])
     with pytest.raises(ValueError, match=message):
         sample.main([*flags, "--checkpoint", str(trained), "--steps", "1"])
     assert sorted(os.listdir()) == ["clip.gif"]
