@@ -1082,7 +1082,7 @@ def test_on_true_history_each_frame_continues_the_truth(trained, monkeypatch):
     monkeypatch.setattr(sample, "extend", lambda model, video, c, frames, given, **_: asked.append(video[0, :given]) or
                         torch.zeros(len(video), frames, 3, 8, 8))
     flags = ["--eval", "--true-history", "--videos", "1", "--frames", "6", "--window", "3"]
-    args = sample.settle(sample.parse([*flags, "--checkpoint", str(trained)]), net)
+    args = sample.settle(sample.parse(flags), trained, net)
     truth, made = sample.evaluate(args, net)
     assert made.shape == truth.shape and (made[:, 2:] == 0).all()
     for n, history in enumerate(asked, 2):
