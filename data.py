@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import chain, islice, zip_longest
@@ -58,6 +59,7 @@ def number(kind, low, high=1e30, above=False):
     return read
 
 natural, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
+seed = number(int, 0, 2 ** 63 - 1)
 amount, plus = number(float, 0), number(float, 0, above=True)
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["cuda"] * torch.cuda.is_available()]
 
@@ -80,6 +82,11 @@ def multiple(n, unit):
 
 def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
+
+def skip(path, error):
+    """Say that a file is left out, and why."""
+    reason = one_line(error)
+    print(f"warning: skipped: {reason if str(path) in reason else f'{path} ({reason})'}")
 
 class Words:
     """Text without a text encoder: one row per word, the word beside its successor, so that "red circle" binds the
@@ -377,15 +384,24 @@ def to_bytes(video):
     """(T, 3, height, width) in [-1, 1] -> (T, height, width, 3) uint8."""
     return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "t c h w -> t h w c").round().byte().cpu().numpy()
 
-def files_in(folder, kind, suffixes=None):
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f'--data {folder} is not a folder; give "sprites", a folder of videos, or one of latents (.npz)')
-    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file() and (
-        path.suffix in suffixes if suffixes else path.suffix.lower() not in {".txt", ".npz", ".json", ".md"}))
+def files_in(folder, kind):
+    """The "videos" or "latents" (.npz) of a folder, its subfolders and what they link to. Raises ValueError if there are none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f'{folder} is not a folder; wanted one of videos or of latents (.npz), or for train.py "sprites"')
+    paths = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != ".")
+    files = sorted(path for path in paths if (path.suffix == ".npz" if kind == "latents" else
+                                              path.suffix.lower() not in {".txt", ".npz", ".json", ".md"}))
     if not files:
-        raise ValueError(f"--data {folder} holds no {kind}")
+        raise ValueError(f"{folder} holds no {kind}")
     return files
+
+def caption_of(path):
+    """What name.txt beside name.mp4 says, "" if there is none. Raises ValueError if it is not UTF-8."""
+    path = path.with_suffix(".txt")
+    try:
+        return path.read_text("utf-8").strip() if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8 ({error})") from None
 
 def fold(video, chunk):
     """Latent frames to frames: (B, N · chunk, C, height, width) -> (B, N, chunk · C, height, width)."""
@@ -400,16 +416,22 @@ class Folder:
     def __getitem__(self, index):
         round_, place = divmod(index, len(self.files))
         order = np.random.default_rng([self.seed, round_]).permutation(len(self.files))
-        for number in np.roll(order, -place):  # a file that turns out bad is replaced by the next
-            if (found := self.load(int(number))) is not None:
-                video, c = found
+        for number in map(int, np.roll(order, -place)):  # a file that turns out bad is replaced by the next
+            if self.broken[number]:
+                continue
+            try:
+                video, c = self.load(number)
                 start = np.random.default_rng([self.seed, round_, place, 1]).integers(len(video) - self.frames + 1)
                 return self.tensor(video[start:start + self.frames]), c
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                self.broken[number] = True
+                skip(self.files[number], error)
         raise ValueError("none of the files can be read any more")
 
     def keep(self, folder, lengths, bad=0):
         """Of the files {path: frames} those that are long enough. Raises ValueError if none is."""
         self.files = [path for path, length in lengths.items() if length >= self.frames]
+        self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # known to all worker processes
         if not self.files:
             raise ValueError(f"no clip in {folder} has {self.frames} frames: of {len(lengths)} the longest has "
                              f"{max(lengths.values(), default=0)}, and {bad} cannot be read")
@@ -425,47 +447,43 @@ class Videos(Folder):
 
     def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, memory=2 ** 30):
         self.size, self.frames, self.rate, self.stride, self.seed, self.memory = size, frames, fps, stride, seed, memory
-        lengths, rates, bad = {}, {}, 0
-        for path in files_in(folder, "videos"):
+        lengths, rates, captions, bad = {}, {}, {}, 0
+        for path in tqdm(files_in(folder, "videos"), "looking at videos", leave=False, disable=None):
             try:
+                captions[path] = caption_of(path)
                 next(read_frames(path, size))
                 meta, shape = iio.immeta(path, plugin="pyav"), iio.improps(path, plugin="pyav").shape
                 length = int(meta["duration"] * fps + 1e-3) if fps else shape[0] or round(meta["duration"] * meta["fps"])
                 lengths[path], rates[path] = -(-length // stride), (fps or meta["fps"]) / stride
             except Exception as error:
-                print(f"warning: skipped: {one_line(error)}")
+                skip(path, error)
                 bad += 1
         self.keep(folder, lengths, bad)
         self.fps = float(np.median([*rates.values()]))
-        texts = [path.with_suffix(".txt") for path in self.files]
-        self.captions = [text.read_text().strip() if text.is_file() else "" for text in texts]
+        self.captions = [captions[path] for path in self.files]
         said = [split_words(caption) for caption in self.captions]
         self.words = Words(sorted(set(chain(*said))), max([1, *map(len, said)]))
-        self.text_dim = self.words.text_dim
-        self.decoded, self.broken = {}, torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+        self.text_dim, self.decoded = self.words.text_dim, {}
 
     def load(self, number):
-        """(all frames (T, size, size, 3) uint8, c) of a file, or None if it cannot be decoded."""
-        if number not in self.decoded and not self.broken[number]:
-            try:
-                clip = np.stack(list(read_frames(self.files[number], self.size, self.rate, self.stride)))
-                if len(clip) < self.frames:
-                    raise ValueError(f"{self.files[number]}: only {len(clip)} frames can be decoded")
-                if sum(z.nbytes for z in self.decoded.values()) + clip.nbytes > self.memory:
-                    self.decoded.clear()
-                self.decoded[number] = clip
-            except ValueError as error:
-                self.broken[number] = True
-                print(f"warning: skipped from now on: {one_line(error)}")
-        return None if self.broken[number] else (self.decoded[number], self.words(self.captions[number]))
+        """(all frames (T, size, size, 3) uint8, c) of a file. Raises ValueError if it cannot be decoded."""
+        if number not in self.decoded:
+            clip = np.stack(list(read_frames(self.files[number], self.size, self.rate, self.stride)))
+            if len(clip) < self.frames:
+                raise ValueError(f"only {len(clip)} frames can be decoded")
+            if sum(z.nbytes for z in self.decoded.values()) + clip.nbytes > self.memory:
+                self.decoded.clear()
+            self.decoded[number] = clip
+        return self.decoded[number], self.words(self.captions[number])
 
 class Latents(Folder):
-    """One .npz per video: `latents` (T, C, height, width) and perhaps `text` (L, text_dim), read when asked for."""
-    words, fps, tensor = None, 4, staticmethod(lambda latents: torch.from_numpy(latents).float())
+    """One .npz per video: `latents` (T, C, height, width) and perhaps `text` (L, text_dim), read when asked for. One that
+    cannot be read is named once in a warning and skipped; so is one that holds what is no number."""
+    words, fps, tensor = None, 4, staticmethod(torch.from_numpy)
 
     def __init__(self, folder, frames, seed=0):
         self.frames, self.seed = frames, seed
-        shapes = {path: self.shapes(path) for path in files_in(folder, "latents", {".npz"})}
+        shapes = {path: self.shapes(path) for path in files_in(folder, "latents")}
         first, (latents, text) = next(iter(shapes.items()))
         for path, (others, words) in shapes.items():
             if (others[1:], words[1]) != (latents[1:], text[1]):
@@ -493,10 +511,12 @@ class Latents(Folder):
         return shapes
 
     def load(self, number):
-        """(latents (T, C, height, width), c) of a file."""
+        """(latents (T, C, height, width), c) of a file. Raises ValueError if they are no finite numbers."""
         with np.load(self.files[number]) as file:
-            text = torch.from_numpy(file["text"] if "text" in file else np.zeros((1, 1)))
-            return file["latents"], F.pad(text.float(), (0, 0, 0, self.rows - len(text)))
+            latents, text = (np.float32(file[key] if key in file else np.zeros((1, 1))) for key in ("latents", "text"))
+        if not (np.isfinite(latents).all() and np.isfinite(text).all()):
+            raise ValueError("it holds values that are no finite numbers")
+        return latents, F.pad(torch.from_numpy(text), (0, 0, 0, self.rows - len(text)))
 
 class Wan:
     """Wan 2.1's VAE and text encoder from a diffusers folder, an optional extra: videos and prompts to what the network
@@ -544,12 +564,16 @@ class Wan:
 
 def encode_video(wan, path, out, size, frames, fps):
     """Every clip of `frames` frames to out-NUMBER.npz, its latents and its caption's text; finished ones are kept."""
-    said, reader, number = path.with_suffix(".txt"), read_frames(path, size, fps), 0
+    caption, reader, number = caption_of(path), read_frames(path, size, fps), 0
     while len(clip := list(islice(reader, frames))) == frames:
         target = out.with_name(f"{out.name}-{number:04d}.npz")
-        if not target.exists():
+        if target.exists():
+            T, _, *sides = Latents.shapes(target)[0]
+            if [4 * T - 3, *(8 * side for side in sides)] != [frames, *np.broadcast_to(size, 2)]:
+                raise ValueError(f"{target} is there already, of another --frames or --size; wanted another folder for these")
+        else:
             target.parent.mkdir(parents=True, exist_ok=True)
-            latents, text = wan.encode(to_float(np.stack(clip))[None]), wan.text([said.read_text() if said.is_file() else ""])
+            latents, text = wan.encode(to_float(np.stack(clip))[None]), wan.text([caption])
             with open(target.with_suffix(".part"), "wb") as file:
                 np.savez(file, latents=latents[0].half().cpu(), text=text[0].half().cpu())
             target.with_suffix(".part").replace(target)
@@ -567,7 +591,7 @@ def encode_folder(args):
             encode_video(wan, path, args.out / path.relative_to(args.videos), args.size, args.frames, args.fps)
         except ValueError as error:
             bad += 1
-            print(f"warning: skipped: {one_line(error)}")
+            skip(path, error)
     if files and bad == len(files):
         raise ValueError(f"none of the {bad} videos of {args.videos} could be encoded")
 
@@ -577,7 +601,7 @@ def open_data(args, split="train"):
         if isinstance(args.size, tuple):
             raise ValueError(f"--size {args.size[0]}x{args.size[1]}: the world of the sprites is square; one number would work")
         return Sprites(args.size, args.frames, args.seed, split, args.objects, args.wall, args.withheld)
-    if any(Path(args.data).rglob("*.npz")):
+    if any(name.endswith(".npz") for _, _, names in os.walk(args.data, followlinks=True) for name in names):
         return Latents(args.data, args.frames, args.seed)
     return Videos(args.data, args.size, args.frames, args.fps, args.stride, args.seed)
 

@@ -311,6 +311,7 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if lacking := {"config", "model", "ema", "step", "args"} - set(state):
             raise ValueError("it lacks " + ", ".join(sorted(lacking)))
+        Config(**state["config"])
     except Exception as error:  # torch raises a different class for each way in which a file can be broken
         reason = str(error).split(". ")[0].split("\n")[0]
         raise ValueError(f"{path} is not a whole checkpoint of this project ({reason}); train.py writes one to --out") from None

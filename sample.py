@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import routing
 from data import (DEVICES, Parser, Sprites, Wan, Words, amount, enlarge, film, fold, latest_run, measure, multiple, natural,
-                  plus, positive, read_video, ruler_table, to_bytes, unfold, write, writer)
+                  plus, positive, read_video, ruler_table, seed, split_words, to_bytes, unfold, write, writer)
 from model import load_checkpoint
 from rf import Guided, rollout
 from routing import pick
@@ -53,7 +53,7 @@ def parse(argv):
     add("--window", None, "history frames in sight, to stay cheap and familiar (default: as in training; 0: all)", type=natural)
     add("--sink", 0, "how many of these are the first frames of all", type=natural)
     add("--samples", 1, "videos per prompt", type=positive)
-    add("--seed", 0, "of the noise", type=natural)
+    add("--seed", 0, "of the noise", type=seed)
     add("--device", DEVICES[-1], "where to run", choices=DEVICES)
     add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
     add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
@@ -67,7 +67,7 @@ def parse(argv):
 def settle(args, checkpoint, model):
     """The flags for one of the runs, filled in with what it knows better than the command line; `settings`: those that
     `generate` is told. Says what cannot be."""
-    args, run, chunk, pixels = copy.copy(args), model.run, model.config.chunk, model.config.channels == 3
+    args, run, chunk, pixels = copy.copy(args), model.run, model.config.chunk, model.run["words"] is not None
     args.checkpoint = checkpoint
     for name, value in (("frames", 2 * run["frames"]), ("steps", 4 if pixels else 32), ("guidance", 2.0 if pixels else 5.0),
                         ("window", min(run["frames"] // chunk - 1, (model.config.window or run["frames"]) + 1))):
@@ -126,11 +126,14 @@ def scores_of(run, args):
 def targets(args, names):
     """One file per video."""
     out = args.out or samples_of(args.checkpoint)
+    files = [out / f"{name}.mp4" for name in names]
     if out.suffix in (".mp4", ".gif"):
-        return [out] if len(names) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(names))]
-    if out.suffix or out.is_file():
+        files = [out] if len(names) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(names))]
+    elif out.is_file() or not out.is_dir() and re.fullmatch(r"\.[a-z]+\d?", out.suffix):
         raise ValueError(f"--out {out}: wanted a folder, or a file that ends in .mp4 or .gif")
-    return [out / f"{name}.mp4" for name in names]
+    if args.given and args.given.resolve() in [file.resolve() for file in files]:
+        raise ValueError(f"--out {out} would overwrite --given; wanted another name")
+    return files
 
 def first_frames(args, model, wan):
     """The frames of --given (1, M, ...), or none."""
@@ -155,8 +158,7 @@ def make(args, model):
     texts = [(0, prompts)] + sorted((int(at), [prompt] * len(prompts)) for at, prompt in args.then)
     cs = [(at // chunk, (wan or Words(*model.run["words"])).text(several).to(args.device)) for at, several in texts]
     given = first_frames(args, model, wan).expand(len(prompts), -1, -1, -1, -1).to(args.device)
-    files = targets(args, [f"{re.sub(r'[^a-z0-9]+', '-', (prompt or 'video').lower())[:60]}-{args.seed}-{i}"
-                           for i, prompt in enumerate(prompts)])
+    files = targets(args, [f"{'-'.join(split_words(prompt))[:60] or 'video'}-{args.seed}-{i}" for i, prompt in enumerate(prompts)])
     show, shares, sampling, showing, small = wan.decoder() if wan else torch.Tensor.cpu, [], [], [], []
     null = wan and wan.text([args.negative]).to(args.device)
     frames = generate(model, cs, given, args.frames // chunk, null=null, **args.settings)
@@ -252,7 +254,7 @@ def compare(path, videos, fps):
     """path.png, time from left to right, and path.gif: clips {name: (B, T, C, height, width)}, a row for each name."""
     longest = max(video.shape[1] for video in videos.values())
     rows = torch.stack([F.pad(video, (0, 0) * 3 + (0, longest - video.shape[1]), value=1.0) for video in videos.values()])
-    rows = rows if rows.shape[3] == 3 else rows[:, :, :, :3] / 3  # of latents, three channels
+    rows = rows if rows.shape[3] == 3 else rows[:, :, :, [i % rows.shape[3] for i in range(3)]] / 3  # latents are no colours
     page = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")
     frames = enlarge(to_bytes(page), 72 * len(rows))
     if rows.shape[-1] <= 32:  # sprites are flat: their noise would be most of the file
@@ -270,8 +272,12 @@ def print_tables(args):
         if not path.is_file():
             mode = "--eval --true-history" if args.true_history else "--eval"
             raise ValueError(f"no {path}; python sample.py {mode} --checkpoint {run} writes it")
-        groups.setdefault(re.sub(r"-\d+$", "", run.name), []).append(json.loads(path.read_text())["frames"])
-    for name, frames in groups.items():
+        try:
+            frames = json.loads(path.read_text())["frames"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not what --eval writes ({error!r}); sample.py --eval writes it anew") from None
+        groups.setdefault(re.sub(r"-\d+$", "", str(samples_of(run).parent)), []).append(frames)
+    for name, frames in ((Path(folder).name, frames) for folder, frames in groups.items()):
         if len({len(video) for video in frames}) > 1:
             raise ValueError(f"the seeds of {name} have {', '.join(map(str, map(len, frames)))} frames; wanted the same")
         print(f"{name}, {len(frames)} seed{'s' * (len(frames) > 1)}\n{ruler_table(torch.tensor(frames))}")
@@ -285,18 +291,19 @@ def main(argv):
     settled = [settle(args, run, model) for run, model in zip(runs, models)]
     if len({str([model.run[key] for key in ("data", "size", "objects", "wall")]) for model in models}) > 1:
         raise ValueError("--compare: these runs learned different worlds; wanted one --data, --size, --objects and --wall")
-    for own, model in zip(settled, models):
+    path, folders = targets(settled[-1], ["eval"])[0], [samples_of(run).parent for run in runs]
+    names = [str(folder) if len({folder.name for folder in folders}) < len(runs) else folder.name for folder in folders]
+    for own, model, name in zip(settled, models, names):
         if args.compile:
             model.compile_blocks()
         if "cuda" in args.device:
             model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
         if args.eval or args.compare:
             print(f"{own.checkpoint}:")
-            rows["truth"], rows[samples_of(own.checkpoint).parent.name] = (video[:4] for video in evaluate(own, model))
+            rows["truth"], rows[name] = (video[:4] for video in evaluate(own, model))
         else:
             make(own, model)
     if rows:
-        path = targets(own, ["eval"])[0]
         compare(path, rows, model.run["rate"])
         print(f"the first {len(rows['truth'])} of them: {path.with_suffix('.gif')} and {path.with_suffix('.png')}")
 

@@ -558,6 +558,9 @@ def test_from_mp4_to_latents_to_a_model_and_back(tmp_path, capsys):
     before = files[1].stat().st_mtime_ns
     data.encode_folder(data.parse(flags))
     assert files[0].exists() and files[1].stat().st_mtime_ns == before, "what is finished is kept"
+    with pytest.raises(ValueError, match="none of the"):
+        data.encode_folder(data.parse([*flags[:-1], "13"]))
+    assert "long.mp4-0000.npz is there already, of another --frames" in capsys.readouterr().out
     with np.load(files[0]) as file:
         assert file["latents"].shape == (3, 16, 4, 6) and file["text"].shape == (512, 32)
         assert abs(file["text"][:4]).sum() > 0 and not file["text"][4:].any(), "a red boat and its end, then zeros"
@@ -1069,6 +1072,12 @@ def test_evaluations_are_written_compared_and_gathered(trained, tmp_path, capsys
     path.write_text(json.dumps({"frames": json.loads(path.read_text())["frames"] * 2}))
     with pytest.raises(ValueError, match="the seeds of toy have 18, 9 frames"):
         sample.main(["--table", *runs])
+    path.write_text('{"frames')
+    with pytest.raises(ValueError, match="toy-0/samples/eval.json is not what --eval writes"):
+        sample.main(["--table", *runs])
+    shutil.copytree(trained, tmp_path / "again/toy-0")
+    sample.main(["--compare", runs[0], str(tmp_path / "again/toy-0"), *flags, "--out", str(tmp_path / "same-name.gif")])
+    assert iio.imread(tmp_path / "same-name.gif").shape[1] == iio.imread(tmp_path / "both.gif").shape[1], "a row for each"
     other = torch.load(tmp_path / "toy-1/ckpt.pt")
     other["args"]["wall"] = True
     torch.save(other, tmp_path / "toy-1/ckpt.pt")
@@ -1136,8 +1145,21 @@ def test_a_file_that_breaks_later_is_named_once_and_replaced(clips, capsys):
     assert capsys.readouterr().out.count("a.mp4") == 1
 
 
+def test_what_is_skipped_is_named_and_links_are_followed(clips, tmp_path, capsys):
+    (clips / "b.txt").write_bytes(b"caf\xe9 noir")
+    iio.imwrite(clips / "still.png", np.zeros((16, 16, 3), np.uint8))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/here").symlink_to(clips)
+    assert [path.name for path in Videos(tmp_path / "linked", 16, 8).files] == ["a.mp4", "c.mp4"]
+    out = capsys.readouterr().out
+    assert out.count("b.txt is not a text in UTF-8") == out.count("still.png") == 1
+
+
 def test_training_on_a_folder_and_continuing_from_its_words(clips, tmp_path, capsys):
     run_train(tmp_path / "run", "--data", str(clips), "--size", "16", "--steps", "2", "--workers", "1")
+    (clips / "a.txt").write_text("A blue Circle, moving")
+    with pytest.raises(ValueError, match="other captions than when"):
+        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])
     sample.main(["a red circle", "--checkpoint", str(tmp_path / "run"), "--given", str(clips / "b.gif"), "--given-frames", "3",
                  "--frames", "6", "--steps", "1", "--out", str(tmp_path / "o.mp4")])
     assert len(iio.imread(tmp_path / "o.mp4")) == 6
@@ -1157,6 +1179,26 @@ def test_training_on_latents(tmp_path):
     assert torch.equal(latents[5][0], Latents(folder, 6)[5][0])
     state = run_train(tmp_path / "run", "--data", str(folder), "--frames", "6", "--chunk", "3", "--patch", "2", "--steps", "2")
     assert state["config"]["channels"] == 4 and state["config"]["text_dim"] == 7
+
+
+@pytest.mark.parametrize("channels", (1, 3))
+def test_few_channels_are_latents_all_the_same(channels, tmp_path):
+    bad_latents(tmp_path / "latents", latents=np.ones((6, channels, 4, 4)))
+    run_train(tmp_path / "run", "--data", str(tmp_path / "latents"), "--steps", "1", "--patch", "2")
+    with pytest.raises(ValueError, match="this model makes latents"):
+        sample.main(["--checkpoint", str(tmp_path / "run")])
+
+
+def test_latents_that_cannot_be_read_are_named_once_and_replaced(tmp_path, capsys):
+    for z in (np.ones((6, 4, 8, 8)), np.full((6, 4, 8, 8), np.nan), np.full((6, 4, 8, 8), "word"), np.ones((6, 4, 8, 8), ">f4")):
+        bad_latents(tmp_path, latents=z)
+    bad_latents(tmp_path, latents=np.random.default_rng(0).normal(size=(6, 4, 8, 8)))
+    path = tmp_path / "4.npz"
+    path.write_bytes(path.read_bytes()[:3000] + bytes(100) + path.read_bytes()[3100:])
+    latents = Latents(tmp_path, 6)
+    assert all((latents[i][0] == 1).all() for i in range(15))
+    out = capsys.readouterr().out
+    assert [out.count(f"{i}.npz") for i in range(5)] == [0, 1, 1, 0, 1] and "no finite numbers" in out
 
 
 def test_a_run_begins_with_wans_weights_and_the_papers_numbers(tmp_path, monkeypatch):
@@ -1193,6 +1235,10 @@ def bad_latents(folder, **arrays):
     (["--batch", "3", "--accumulate", "2"], r"--batch 3 is not divisible by 2, the processes \(1\) times --accumulate; 4 would work"),
     (["--patch", "8", "--size", "16"], "a patch holds 192 values, more than the width 48"),
     (["--out", "full"], "full already holds another run.*--resume"),
+    (["--out", "died"], "died already holds another run; it saved no checkpoint: delete it"),
+    (["--out", "junk.pt"], "junk.pt already holds"),
+    (["--resume", "--out", "full", "--init", "full"], "--resume goes on with its own weights"),
+    (["--init", "alien.pt"], "alien.pt is not a whole checkpoint.*magic"),
     (["--init", "nowhere"], "no checkpoint at nowhere"),
     (["--init", "junk.pt"], "junk.pt is not a whole checkpoint"),
     (["--init", "cut"], "cut/ckpt.pt is not a whole checkpoint"),
@@ -1202,7 +1248,7 @@ def bad_latents(folder, **arrays):
 ])
 def test_bad_input_to_training(flags, message, clips, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "foreign", "fake", "cut", "full"):
+    for name in ("empty", "foreign", "fake", "cut", "full", "died"):
         Path(name).mkdir()
     Path("foreign/notes.mp4").write_text("hello")
     bad_latents(Path("keys"), pictures=np.zeros((4, 3, 8, 8)))
@@ -1211,6 +1257,8 @@ def test_bad_input_to_training(flags, message, clips, tmp_path, monkeypatch):
     bad_latents(Path("texts"), latents=np.zeros((4, 3, 8, 8)), text=np.zeros((2, 9)))
     Path("fake/0.npz").write_text("no zip")
     Path("junk.pt").write_text("junk")
+    Path("died/log.jsonl").write_text("")
+    torch.save(dict.fromkeys(("model", "ema", "step", "args"), {}) | {"config": {"magic": 1}}, "alien.pt")
     if "full" in flags or "cut" in flags:
         run_train(Path("full"), "--steps", "1", "--frames", "2")
         Path("cut/ckpt.pt").write_bytes(Path("full/ckpt.pt").read_bytes()[:2000])
@@ -1222,7 +1270,7 @@ def test_bad_input_to_training(flags, message, clips, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [["--top-k", "0"], ["--lr", "nan"], ["--lr", "-1"], ["--steps", "-3"], ["--shift", "0"],
                                    ["--batch", "2.5"], ["--resample-share", "1.5"], ["--ema", "inf"], ["--history", "magic"],
-                                   ["--frames", "ten"], ["--device", "cuda:99"], ["--device", "tpu"]])
+                                   ["--frames", "ten"], ["--device", "cuda:99"], ["--device", "tpu"], ["--seed", str(2 ** 64)]])
 def test_bad_flags_are_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse(flags)
@@ -1240,6 +1288,8 @@ def test_bad_flags_are_one_line(flags, capsys):
     (["--eval", "--frames", "2"], "--frames 2: two of 1 are given; 3 can be measured"),
     (["--eval", "red circle"], "leave out prompts"),
     (["--out", "video.avi"], "video.avi"),
+    (["--eval", "--out", "table.txt"], "table.txt: wanted a folder"),
+    (["--given", "clip.gif", "--out", "clip.gif", "--frames", "6"], "--out clip.gif would overwrite --given"),
     (["--table", "nowhere"], "no .*eval.json; python sample.py --eval --checkpoint nowhere writes it"),
     (["--compare", "nowhere"], "no checkpoint at nowhere"),
 ])

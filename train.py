@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import rf
 import sample
-from data import DEVICES, Parser, amount, fold, latest_run, multiple, natural, number, open_data, pixels, plus, positive, share
+from data import DEVICES, Parser, amount, fold, latest_run, multiple, natural, number, open_data, pixels, plus, positive, seed, share
 from model import PRESETS, CausalDiT, load_checkpoint, load_wan, read_checkpoint
 from rf import HISTORY, flow_matching_loss
 from sample import compare, extend, timed
@@ -78,7 +78,7 @@ def parse(argv):
     add("--decay", "linear", "how it falls after that, to 0 at --steps", choices=("constant", "linear", "cosine"))
     add("--clip", 1.0, "largest norm of the gradient", type=plus)
     add("--ema", 0.998, "decay of the averaged weights that sampling uses", type=number(float, 0, 0.999999))
-    add("--seed", 0, "of weights, clips and noise", type=natural)
+    add("--seed", 0, "of weights, clips and noise", type=seed)
     add("--init", None, "start from the weights of another run (its folder or ckpt.pt)", type=Path)
     add("--resume", False, "go on with --out, or with the latest run under runs/", action="store_true")
     add("--save-every", 500, "steps between checkpoints", type=positive)
@@ -100,11 +100,19 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.resume:  # the run's own flags, unless the command line says otherwise
         out = args.out or latest_run()
+        out = out.parent if out.is_file() else out
         saved = read_checkpoint(out)["args"].items()
         parser.set_defaults(**{k: v for k, v in saved if k not in ("resume", "device", "init", "words", "fsdp")} | {"out": out})
     elif args.preset.startswith("wan"):
         parser.set_defaults(**PAPER)
     args = parser.parse_args(argv)
+    if args.init and (args.resume or not args.init.exists()):
+        raise ValueError(f"--init {args.init}: --resume goes on with its own weights; leave out one of them" if args.resume else
+                         f"there is no checkpoint at {args.init}; --init wants a run's folder, its ckpt.pt, or Wan's weights")
+    held = [args.out / name for name in ("", "ckpt.pt", "config.json", "log.jsonl")] if args.out else []
+    if not args.resume and not args.dry_run and any(path.is_file() for path in held):
+        way = "add --resume to go on with it" if held[1].is_file() else "it saved no checkpoint: delete it"
+        raise ValueError(f"--out {args.out} already holds another run; {way}, or name a new folder")
     chunk = args.chunk or PRESETS[args.preset].chunk
     args.frames = args.frames or multiple(max(10, 2 * chunk), chunk)
     args.precision = args.precision or ("bf16" if "cuda" in args.device or args.dry_run else "fp32")
@@ -148,14 +156,15 @@ def configure(args, data, world):
     own = {key: getattr(args, key) for key in ("dim", "heads", "layers", "patch", "chunk", "top_k", "window")}
     own["ffn_dim"] = args.dim and 4 * args.dim
     config = replace(PRESETS[args.preset], **{key: value for key, value in own.items() if value is not None})
-    size = data.size if data else tuple(side // 8 for side in np.broadcast_to(args.size, 2).tolist())  # Wan's VAE
-    args.height, args.width = height, width = size if isinstance(size, tuple) else (size, size)
+    scale = 1 if data else 8  # Wan's VAE
+    height, width = np.broadcast_to(data.size if data else args.size, 2).tolist()
+    args.height, args.width = height // scale, width // scale
     if data:
         config = replace(config, channels=data.channels, text_dim=data.text_dim)
         args.rate, args.words = data.fps, data.words and [data.words.vocabulary, data.words.rows]
     parts = f"the processes ({world}) times --accumulate"
     for what, value, unit, of in (
-            ("--size", height, config.patch, "the patch"), ("--size", width, config.patch, "the patch"),
+            ("--size", height, scale * config.patch, "the patch"), ("--size", width, scale * config.patch, "the patch"),
             ("--frames", args.frames, config.chunk, "the chunk"), ("--batch", args.batch, world * args.accumulate, parts)):
         if value % unit:
             raise ValueError(f"{what} {value} is not divisible by {unit}, {of}; {multiple(value, unit)} would work")
@@ -210,6 +219,8 @@ def build(args, config, device):
     if args.resume:
         if state["step"] > args.steps:
             raise ValueError(f"--steps {args.steps}: the run in {path} is already at step {state['step']}; more would go on")
+        if state["args"]["words"] != args.words:
+            raise ValueError(f"--data {args.data} has other captions than when {path} began: its words would change their meaning")
         ema.load_state_dict(state["ema"])
     net.recompute = args.recompute
     for module in (*net.blocks, net, *ema.blocks, ema) if args.fsdp else ():
@@ -394,15 +405,13 @@ def main(argv):
         dist.destroy_process_group()
 
 def open_out(args, start, rank, world):
-    """The run's folder, made, never one that holds another run; and a function that appends to its log."""
+    """The run's folder, made; and a function that appends to its log."""
     if rank == 0:
         if args.out is None:
             for args.out in (Path(f"runs/{i:03d}") for i in count(1)):
                 with suppress(FileExistsError):  # another run may take the name first
                     args.out.mkdir(parents=True)
                     break
-        if not args.resume and (args.out.is_file() or any(args.out.glob("*.json*"))):
-            raise ValueError(f"--out {args.out} already holds another run; add --resume to go on with it, or name a new folder")
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
