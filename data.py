@@ -636,8 +636,7 @@ def as_pictures(video):
     return enlarge(to_bytes(video)) if torch.is_tensor(video) else video
 
 def film(rows, columns=12, labels=(), height=64):
-    """Videos (T, 3, height, width) under one another, each with its label, time from left to right, as one picture
-    (H, W, 3) uint8."""
+    """Labelled videos (T, 3, height, width) under one another, time from left to right, as a picture (H, W, 3) uint8."""
     strips = []
     for video, label in zip_longest(rows, labels, fillvalue=""):
         chosen = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()

@@ -203,8 +203,7 @@ def print_speed(args, what, count, sampling, showing):
         print(f"memory at its peak: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MiB")
 
 def recorded_picks(shares):
-    """A context in which each pass of `routing.pick` also appends to a list: how often the last of its frames picked each
-    column, over heads and tokens."""
+    """A context in which `routing.pick` also appends to a list: how often its last frame picked each column, of all tokens."""
     def record(*args):
         picked, valid = found = pick(*args)
         last = picked[:, :, -1]

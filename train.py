@@ -106,6 +106,13 @@ def parse(argv):
     elif args.preset.startswith("wan"):
         parser.set_defaults(**PAPER)
     args = parser.parse_args(argv)
+    chunk = args.chunk or PRESETS[args.preset].chunk
+    args.frames = args.frames or multiple(max(10, 2 * chunk), chunk)
+    args.precision = args.precision or ("bf16" if "cuda" in args.device or args.dry_run else "fp32")
+    return args
+
+def check_files(args):
+    """What can be known of --init and --out before any data is opened, in every process alike."""
     if args.init and (args.resume or not args.init.exists()):
         raise ValueError(f"--init {args.init}: --resume goes on with its own weights; leave out one of them" if args.resume else
                          f"there is no checkpoint at {args.init}; --init wants a run's folder, its ckpt.pt, or Wan's weights")
@@ -113,10 +120,6 @@ def parse(argv):
     if not args.resume and not args.dry_run and any(path.is_file() for path in held):
         way = "add --resume to go on with it" if held[1].is_file() else "it saved no checkpoint: delete it"
         raise ValueError(f"--out {args.out} already holds another run; {way}, or name a new folder")
-    chunk = args.chunk or PRESETS[args.preset].chunk
-    args.frames = args.frames or multiple(max(10, 2 * chunk), chunk)
-    args.precision = args.precision or ("bf16" if "cuda" in args.device or args.dry_run else "fp32")
-    return args
 
 def streams(seed, indices, device):
     """A context in which every clip of a batch draws its noise from a stream of its own, named by (seed, its index).
@@ -182,8 +185,7 @@ def make_optimizer(net, lr):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 def keep_memory():
-    """Keep what is freed: glibc would hand it back to the system, and every step would page it in again, which takes a CPU up
-    to a tenth of the step."""
+    """Keep what is freed: glibc would hand it back to the system, and the next step would have to page it in again."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, 2 ** 30)
@@ -350,6 +352,7 @@ def update(net, ema, optimizer, loss, step, args):
 
 def main(argv):
     args = parse(argv)
+    check_files(args)
     keep_memory()
     rank, world, device = launch(args)
     data = None if args.dry_run and args.preset.startswith("wan") else open_data(args)
