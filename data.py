@@ -384,13 +384,16 @@ def to_bytes(video):
     """(T, 3, height, width) in [-1, 1] -> (T, height, width, 3) uint8."""
     return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "t c h w -> t h w c").round().byte().cpu().numpy()
 
-def files_in(folder, kind):
-    """The "videos" or "latents" (.npz) of a folder, its subfolders and what they link to. Raises ValueError if there are none."""
+def walk(folder):
+    """All files of a folder, its subfolders and what they link to, but hidden ones. Raises ValueError if it is no folder."""
     if not Path(folder).is_dir():
         raise ValueError(f'{folder} is not a folder; wanted one of videos or of latents (.npz), or for train.py "sprites"')
-    paths = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != ".")
-    files = sorted(path for path in paths if (path.suffix == ".npz" if kind == "latents" else
-                                              path.suffix.lower() not in {".txt", ".npz", ".json", ".md"}))
+    return [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != "."]
+
+def files_in(folder, kind):
+    """Its "videos" or "latents" (.npz), sorted. Raises ValueError if there are none."""
+    files = sorted(path for path in walk(folder) if (path.suffix == ".npz" if kind == "latents" else
+                                                     path.suffix.lower() not in {".txt", ".npz", ".json", ".md"}))
     if not files:
         raise ValueError(f"{folder} holds no {kind}")
     return files
@@ -601,7 +604,7 @@ def open_data(args, split="train"):
         if isinstance(args.size, tuple):
             raise ValueError(f"--size {args.size[0]}x{args.size[1]}: the world of the sprites is square; one number would work")
         return Sprites(args.size, args.frames, args.seed, split, args.objects, args.wall, args.withheld)
-    if any(name.endswith(".npz") for _, _, names in os.walk(args.data, followlinks=True) for name in names):
+    if any(path.suffix == ".npz" for path in walk(args.data)):
         return Latents(args.data, args.frames, args.seed)
     return Videos(args.data, args.size, args.frames, args.fps, args.stride, args.seed)
 
