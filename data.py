@@ -1,676 +1,1524 @@
-"""Videos in and out: a procedural world of sprites, folders of clips, folders of latents, and a ruler for the sprites.
+"""Videos in and out: a procedural world of sprites with its metrics, folders of videos, folders of
+latents.
 
-A dataset maps any index >= 0 to (video, c): video (T, C, height, width) float32, pixels in [-1, 1], and c (L, text_dim).
-The same seed and index give the same clip, on any machine and in any process, so the position in the data is a number.
+A dataset maps any index >= 0 to (video, c): video (T, C, height, width) float32, pixels in [-1, 1],
+and c (L, text_dim). The same seed and index give the same item, on any machine and in any process.
+Its attributes: channels, size, frames, fps, text_dim, rows (L) and words (None for latents).
 
-B videos, T frames, C channels, S sprites, L words.
+B videos, T frames, C channels, S sprites, L words, F pictures to fit.
 """
+
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
-import textwrap
+import threading
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
-from functools import lru_cache
-from itertools import chain, islice, zip_longest
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
+import av  # comes with imageio[pyav]
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from einops import rearrange
-from PIL import Image, ImageDraw  # comes with imageio
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-class Parser(argparse.ArgumentParser):
-    """Teaches in --help, and says what is wrong in one line."""
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(self, flag, default, help, **options):
-        shown = "" if default is None or default is False or "default" in help else f" (default {default})"
-        self.add_argument(flag, default=default, help=help + shown, **options)
+def fold(video, chunk):
+    """Fold chunks of latent frames into channels, the frame before the channel.
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+    (B, N * chunk, C, height, width) -> (B, N, chunk * C, height, width).
+    """
+    return rearrange(video, "b (n t) c h w -> b n (t c) h w", t=chunk)
 
-    def guard(self, main, *args):
-        """Run main; what a person can mend ends in one line, without a traceback."""
-        try:
-            return main(*args)
-        except (ValueError, OSError) as error:
-            self.error(error)
-        except KeyboardInterrupt:
-            self.exit(130, f"{self.prog}: interrupted\n")
 
-def number(kind, low, high=1e30, above=False):
-    """An argparse type: a number in [low, high], or above low."""
-    def read(text):
-        with suppress(ValueError):
-            if low <= kind(text) <= high and not (above and kind(text) == low):
-                return kind(text)
-        wanted = f"{'above' if above else 'of at least'} {low}" + f" and at most {high}" * (high < 1e30)
-        raise argparse.ArgumentTypeError(f"got {text}, wanted {'a whole' if kind is int else 'a'} number {wanted}")
-    return read
+def unfold(x, chunk):
+    """Undo `fold`: (B, N, chunk * C, height, width) -> (B, N * chunk, C, height, width)."""
+    return rearrange(x, "b n (t c) h w -> b (n t) c h w", t=chunk)
 
-natural, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
-seed = number(int, 0, 2 ** 63 - 1)
-amount, plus = number(float, 0), number(float, 0, above=True)
-DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["cuda"] * torch.cuda.is_available()]
-
-def pixels(text):
-    """An argparse type: 64 -> 64, for squares; 480x832 -> (480, 832), height and width."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not found or 0 in map(int, filter(None, found.groups())):
-        raise argparse.ArgumentTypeError(f"got {text}, wanted pixels: one number for squares, or HEIGHTxWIDTH such as 480x832")
-    return (int(found[1]), int(found[2])) if found[2] else int(found[1])
-
-def latest_run():
-    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError("there is no checkpoint under runs/; train one, or name a run: train.py --out, sample.py --checkpoint")
-    return found[-1].parent
-
-def multiple(n, unit):
-    """The least multiple of a unit that is not below n."""
-    return -(-n // unit) * unit
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
-
-def skip(path, error):
-    """Say that a file is left out, and why."""
-    reason = one_line(error)
-    print(f"warning: skipped: {reason if str(path) in reason else f'{path} ({reason})'}")
 
 class Words:
-    """Text without a text encoder: one row per word, the word beside its successor, so that "red circle" binds the
-    colour to the shape though attention to the text knows no order. Rows of zeros say nothing."""
-    def __init__(self, vocabulary, rows=8):
-        self.vocabulary, self.rows = list(vocabulary), rows
-        self.text_dim = max(1, 2 * len(self.vocabulary))
+    """Embed text without a text encoder: one row per word, the word beside its successor.
 
-    @lru_cache(maxsize=4096)  # a caption is read once
+    The pair binds "red" to "circle", although attention to the text knows no order. Rows of zeros
+    are padding.
+    """
+
+    def __init__(self, vocabulary, rows=8):
+        self.vocabulary = list(vocabulary)
+        self.rows = rows
+        self.text_dim = max(1, 2 * len(self.vocabulary))
+        self.embedded = {}  # captions recur in every epoch
+
     def __call__(self, prompt):
-        """A prompt -> (L, text_dim), L at least `rows`. Raises ValueError for words that the model never met."""
-        words = split_words(prompt)
-        if unknown := [word for word in words if word not in self.vocabulary]:
-            near = ", ".join(difflib.get_close_matches(unknown[0], self.vocabulary, 5, 0))
-            raise ValueError(f'unknown word "{unknown[0]}" in the prompt "{prompt}"; ' + (
-                f"of the {len(self.vocabulary)} words of the training captions the nearest are: {near}" if near else
-                "this model was trained without captions, so the prompt must be empty"))
-        c, at = torch.zeros(max(self.rows, len(words)), self.text_dim), [self.vocabulary.index(word) for word in words]
-        for place in (*enumerate(at), *enumerate(len(self.vocabulary) + successor for successor in at[1:])):
-            c[place] = 1
+        """Embed a prompt: (L, text_dim), L at least `rows`.
+
+        Raises ValueError for a word outside the vocabulary.
+        """
+        if prompt not in self.embedded:
+            if len(self.embedded) >= 4096:
+                self.embedded.clear()
+            self.embedded[prompt] = self.embed(split_words(prompt), prompt)
+        return self.embedded[prompt]
+
+    def embed(self, words, prompt):
+        self.check(words, prompt)
+        c = torch.zeros(max(self.rows, len(words)), self.text_dim)
+        position = [self.vocabulary.index(word) for word in words]
+
+        for row, word in enumerate(position):
+            c[row, word] = 1
+        for row, successor in enumerate(position[1:]):
+            c[row, len(self.vocabulary) + successor] = 1
         return c
 
+    def check(self, words, prompt):
+        unknown = [word for word in words if word not in self.vocabulary]
+        if not unknown:
+            return
+        near = ", ".join(difflib.get_close_matches(unknown[0], self.vocabulary, 5, 0))
+        advice = "this model was trained without captions, so the prompt must be empty"
+        if near:
+            advice = (
+                f"of the {len(self.vocabulary)} words of the training captions "
+                f"the nearest are: {near}"
+            )
+        raise ValueError(f'unknown word "{unknown[0]}" in the prompt "{prompt}"; {advice}')
+
     def text(self, prompts):
-        """Prompts -> c (B, L, text_dim)."""
+        """Embed prompts: c (B, L, text_dim), padded to the longest."""
         return pad_sequence([self(prompt) for prompt in prompts], batch_first=True)
+
 
 def split_words(text):
     return re.findall(r"[\w'-]+", text.lower())
 
-BACKGROUND, WALL = torch.tensor([0.08, 0.08, 0.12]) * 2 - 1, torch.tensor([0.45, 0.45, 0.48]) * 2 - 1
-COLOURS = {"red": (0.95, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.35, 1.0), "yellow": (1.0, 0.9, 0.1),
-           "magenta": (0.9, 0.2, 0.9), "white": (1.0, 1.0, 1.0)}
-PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1
-SHAPES = {  # signed distance to the edge, in radii, at (x, y) radii from the centre; y points down
-    "circle": lambda x, y: (x * x + y * y).sqrt() - 1,
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.85,
-    "triangle": lambda x, y: torch.maximum(y - 0.75, 0.866 * x.abs() - 0.5 * y - 0.6),
+
+# The world of the sprites. Positions are (x, y) in pixels; y points down.
+
+# fmt: off
+COLOURS = {
+    "red":     (0.95, 0.15, 0.15),
+    "green":   (0.15, 0.80, 0.20),
+    "blue":    (0.20, 0.35, 1.00),
+    "yellow":  (1.00, 0.90, 0.10),
+    "magenta": (0.90, 0.20, 0.90),
+    "white":   (1.00, 1.00, 1.00),
 }
-SPEED, WALL_HALF = (0.025, 0.06), 0.2  # canvas sizes: per frame, and from the wall's middle to its edges
-TRIES, HORIZON = 16, 48  # of so many scenes the one is shown whose sprites overlap least in so many frames
+# fmt: on
+PALETTE = torch.tensor(list(COLOURS.values())) * 2 - 1
+BACKGROUND = torch.tensor([0.08, 0.08, 0.12]) * 2 - 1
+WALL = torch.tensor([0.45, 0.45, 0.48]) * 2 - 1
+WALL_HALF = 0.2  # half the width of the wall, in canvas sizes
+SPEED = (0.025, 0.06)  # slowest and fastest, in canvas sizes per frame
+TRIES = 16  # scenes drawn per clip; the one whose sprites overlap least is kept
+HORIZON = 48  # frames in which overlap is counted
+MAX_SIZE = 1024  # pixels a side
+MAX_VALUES = 10**9  # numbers in a clip
+
+
+def circle(x, y):
+    """Signed distance to the edge of a circle, in radii, at (x, y) radii from its centre."""
+    return (x * x + y * y).sqrt() - 1
+
+
+def square(x, y):
+    """Signed distance to the edge of a square, as in `circle`."""
+    return torch.maximum(x.abs(), y.abs()) - 0.85
+
+
+def triangle(x, y):
+    """Signed distance to the edge of a triangle that points up, as in `circle`."""
+    return torch.maximum(y - 0.75, 0.866 * x.abs() - 0.5 * y - 0.6)
+
+
+SHAPES = {"circle": circle, "square": square, "triangle": triangle}
+
 
 def radius_of(size, wall):
-    """Sprites are smaller where there is a wall, so that it can hide them whole."""
+    """Radius of the sprites in pixels; smaller beside a wall, so that it can hide them whole."""
     return size * (0.15 if wall else 0.19)
 
-def coverage(at, shape, size, radius):
-    """How much of each pixel a sprite covers: centres (..., 2) in pixels, shape (...) index -> (..., size, size) in
-    [0, 1], with an edge one pixel soft."""
-    grid = torch.arange(size) + 0.5
-    x = ((grid - at[..., :1]) / radius)[..., None, :]
-    y = ((grid - at[..., 1:]) / radius)[..., :, None]
-    distance = torch.stack([sdf(x, y) for sdf in SHAPES.values()], dim=-3)
-    index = shape.long().expand(at.shape[:-1])[..., None, None, None]
-    return (0.5 - radius * distance.take_along_dim(index, -3).squeeze(-3)).clamp(0, 1)
 
 def wall_columns(size):
-    """Which columns of pixels the wall hides, two fifths of them."""
+    """Which columns of pixels the wall hides: (size,) bool, two fifths of them."""
     return (torch.arange(size) + 0.5 - size / 2).abs() < WALL_HALF * size
 
+
+def coverage(at, shape, size, radius):
+    """Share of each pixel that a sprite covers, with an edge one pixel soft.
+
+    at (..., 2) in pixels, shape (...) index into SHAPES -> (..., size, size) in [0, 1].
+    """
+    pixel = torch.arange(size) + 0.5
+    x = ((pixel - at[..., :1]) / radius)[..., None, :]  # (..., 1, size)
+    y = ((pixel - at[..., 1:]) / radius)[..., :, None]  # (..., size, 1)
+    distance = torch.stack([sdf(x, y) for sdf in SHAPES.values()], dim=-3)
+
+    index = shape.long().expand(at.shape[:-1])[..., None, None, None]
+    distance = distance.take_along_dim(index, -3).squeeze(-3)  # (..., size, size)
+    return (0.5 - radius * distance).clamp(0, 1)
+
+
 def paint(at, shape, colour, size, wall=False, shown=None):
-    """Sprites at (..., S, 2), shape and colour (..., S) or (S,), the first in front -> (..., 3, size, size) in [-1, 1]."""
+    """Draw sprites, the first in front: (..., 3, size, size) in [-1, 1].
+
+    at (..., S, 2) in pixels; shape and colour (..., S) or (S,) indices; shown (..., S) in [0, 1] or
+    None: opacity of each sprite.
+    """
     colour = colour.expand(at.shape[:-1])
     cover = coverage(at, shape, size, radius_of(size, wall))
-    cover = cover if shown is None else cover * shown[..., None, None]
+    if shown is not None:
+        cover = cover * shown[..., None, None]
+
     picture = BACKGROUND[:, None, None].expand(*at.shape[:-2], 3, size, size)
     for s in reversed(range(at.shape[-2])):
         alpha = cover[..., s, None, :, :]
         picture = picture + alpha * (PALETTE[colour[..., s]][..., None, None] - picture)
-    return torch.where(wall_columns(size), WALL[:, None, None], picture) if wall else picture
+    if wall:
+        picture = torch.where(wall_columns(size), WALL[:, None, None], picture)
+    return picture
+
 
 def reflect(at, low, high):
     """Fold positions on a line into [low, high], as elastic bounces do."""
-    away, period = at - low, 2 * (high - low)
-    return high - abs(away - period * np.floor(away / period) - (high - low))  # several times faster than %
+    away = at - low
+    period = 2 * (high - low)
+    away = away - period * np.floor(away / period)  # several times faster than away % period
+    return high - abs(away - (high - low))
+
+
+def glide(start, step, frames, low, high):
+    """Positions of sprites that go straight and bounce: start and step (..., 2) -> (T, ..., 2)."""
+    t = np.arange(frames, dtype=step.dtype).reshape(-1, *[1] * step.ndim)
+    return reflect(start + step * t, low, high)
+
+
+def caption_text(colour, shape):
+    """Name sprites, for instance "red circle and blue square"; colour and shape (S,) indices."""
+    colours = [list(COLOURS)[c] for c in colour.tolist()]
+    shapes = [list(SHAPES)[s] for s in shape.tolist()]
+    return " and ".join(f"{c} {s}" for c, s in zip(colours, shapes))
+
 
 class Sprites:
-    """Coloured shapes that glide in straight lines, bounce off the edges and seldom meet, drawn from (seed, split, index)
-    alone. "train" and "test" have each a stream of its own. withheld: share of clips without their caption."""
-    channels, fps = 3, 8
+    """Coloured shapes that go straight, bounce off the edges and rarely overlap.
 
-    def __init__(self, size=16, frames=12, seed=0, split="train", objects=2, wall=False, withheld=0.0):
+    A clip is a function of (seed, split, index). "train" and "test" are separate streams. withheld:
+    share of clips without their caption. Raises ValueError for sizes and numbers out of range.
+    """
+
+    channels = 3
+    fps = 8
+
+    def __init__(
+        self, size=16, frames=12, seed=0, split="train", objects=2, wall=False, withheld=0.0
+    ):
         if not 1 <= objects <= len(COLOURS):
-            raise ValueError(f"{objects} sprites in a clip; 1 to {len(COLOURS)} work, each has a colour of its own")
-        self.size, self.frames, self.objects, self.wall, self.withheld = size, frames, objects, wall, withheld
-        self.key, self.pairs = (seed, ("train", "test").index(split)), np.triu_indices(objects, 1)
+            raise ValueError(
+                f"{objects} sprites in a clip; 1 to {len(COLOURS)} work, each has its own colour"
+            )
+        if size > MAX_SIZE:
+            raise ValueError(f"size {size}: the world of the sprites has at most {MAX_SIZE} pixels")
+        if frames * 3 * size**2 > MAX_VALUES:
+            raise ValueError(
+                f"{frames} frames of {size} x {size} pixels are {frames * 3 * size**2:.1e} numbers "
+                f"a clip; up to {MAX_VALUES:.0e} work, here {MAX_VALUES // (3 * size**2)} frames"
+            )
+        self.size = size
+        self.frames = frames
+        self.objects = objects
+        self.wall = wall
+        self.withheld = withheld
+        self.key = (seed, ("train", "test").index(split))
         self.words = Words([*COLOURS, *SHAPES, "and"], 3 * objects - 1)
         self.text_dim = self.words.text_dim
+        self.rows = self.words.rows
 
     def scene(self, index, frames=None):
-        """(colour (S,), shape (S,), at (T, S, 2) in pixels): the truth about a clip. A longer one begins with the shorter."""
+        """The truth about a clip: colour (S,), shape (S,), at (T, S, 2) in pixels.
+
+        More frames continue the same clip.
+        """
         rng = np.random.default_rng([*self.key, index])
-        colour = rng.permutation(len(COLOURS))[:self.objects]
+        colour = rng.permutation(len(COLOURS))[: self.objects]
         shape = rng.integers(len(SHAPES), size=self.objects)
-        margin = radius_of(self.size, self.wall)
-        start = rng.uniform(margin, self.size - margin, (TRIES, self.objects, 2))
-        speed, angle = rng.uniform(*SPEED, start.shape[:2]) * self.size, rng.uniform(0, 2 * np.pi, start.shape[:2])
-        if self.wall:  # at first they are in sight, or there were nothing to remember; then they go mostly sideways
-            aside, room = start[..., 0] - self.size / 2, self.size / 2 - margin
-            start[..., 0] += np.sign(aside) * (1 - abs(aside) / room) * WALL_HALF * self.size
-            half, tilt = np.divmod(angle, np.pi)
-            angle = np.pi * half + 0.4 * (tilt - np.pi / 2)
+
+        # TRIES scenes of S sprites
+        low = radius_of(self.size, self.wall)
+        high = self.size - low
+        start = rng.uniform(low, high, (TRIES, self.objects, 2))
+        speed = rng.uniform(*SPEED, start.shape[:2]) * self.size
+        angle = rng.uniform(0, 2 * np.pi, start.shape[:2])
+        if self.wall:
+            start, angle = self.around_wall(start, angle)
         step = np.stack([speed * np.cos(angle), speed * np.sin(angle)], -1)
 
-        def glide(start, step, frames):
-            path = start + step * np.arange(frames, dtype=step.dtype).reshape(-1, *[1] * step.ndim)
-            return reflect(path, margin, self.size - margin)
-        drawn = glide(start.astype(np.float32), step.astype(np.float32), HORIZON)
-        x, y = (drawn[:, :, self.pairs[0]] - drawn[:, :, self.pairs[1]]).transpose(3, 0, 1, 2)
-        chosen = np.maximum(2 * margin - np.sqrt(x * x + y * y), 0).sum((0, 2)).argmin()
-        at = glide(start[chosen], step[chosen], frames or self.frames).astype(np.float32)
+        chosen = self.least_overlap(start, step)
+        at = glide(start[chosen], step[chosen], frames or self.frames, low, high).astype(np.float32)
         return torch.from_numpy(colour), torch.from_numpy(shape), torch.from_numpy(at)
+
+    def around_wall(self, start, angle):
+        """Start visible, otherwise there is nothing to remember; then move mostly sideways."""
+        aside = start[..., 0] - self.size / 2
+        room = self.size / 2 - radius_of(self.size, self.wall)
+        start[..., 0] += np.sign(aside) * (1 - abs(aside) / room) * WALL_HALF * self.size
+
+        half, tilt = np.divmod(angle, np.pi)
+        return start, np.pi * half + 0.4 * (tilt - np.pi / 2)
+
+    def least_overlap(self, start, step):
+        """Index of the scene whose sprites overlap least: start and step (TRIES, S, 2)."""
+        margin = radius_of(self.size, self.wall)
+        start, step = start.astype(np.float32), step.astype(np.float32)
+        at = glide(start, step, HORIZON, margin, self.size - margin)  # (HORIZON, TRIES, S, 2)
+
+        one, other = np.triu_indices(self.objects, 1)
+        x, y = (at[:, :, one] - at[:, :, other]).transpose(3, 0, 1, 2)
+        overlap = np.maximum(2 * margin - np.sqrt(x * x + y * y), 0)
+        return overlap.sum((0, 2)).argmin()
 
     def caption(self, index):
         """For instance "red circle and blue square", the sprite in front first."""
-        return name(*self.scene(index, 1)[:2])
+        colour, shape, _ = self.scene(index, 1)
+        return caption_text(colour, shape)
+
+    def is_withheld(self, index):
+        """Whether the clip comes without its caption."""
+        if self.withheld == 0:
+            return False
+        return np.random.default_rng([*self.key, index, 1]).random() < self.withheld
 
     def __getitem__(self, index):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
-        """Several clips are painted at once; torch's DataLoader asks for a batch in this way."""
+        """Paint several clips at once; torch's DataLoader asks for a batch in this way."""
         colour, shape, at = (torch.stack(z) for z in zip(*map(self.scene, indices)))
-        texts = [name(*z) if self.withheld == 0 or np.random.default_rng([*self.key, i, 1]).random() >= self.withheld else ""
-                 for i, *z in zip(indices, colour, shape)]
         videos = paint(at, shape[:, None], colour[:, None], self.size, self.wall)
-        return [(video, self.words(text)) for video, text in zip(videos, texts)]
 
-def name(colour, shape):
-    return " and ".join(f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in zip(colour.tolist(), shape.tolist()))
+        captions = [
+            "" if self.is_withheld(index) else caption_text(colour[b], shape[b])
+            for b, index in enumerate(indices)
+        ]
+        return [(video, self.words(caption)) for video, caption in zip(videos, captions)]
+
+
+# Metrics of the sprites. They invert `paint`: fit sprites to each frame, then follow them.
+
+SEEN = 0.15  # a sprite counts as there if more of it than this is visible
+CLEAR = 0.5  # its position is trusted if more of it than this is visible
+SHAPE_CLEAR = 0.6  # its shape is judged only if at least this much is visible
+
 
 def measure(video, captions, wall=False):
-    """How right are videos of the sprite world? (B, T, 3, size, size) in [-1, 1] and B captions -> (B, T, 3), 0 to 100.
-    Visual: how near the picture is to the nearest legal one, 100 (1 - distance / that of an empty picture).
-    Temporal: does each sprite go straight on, with legal bounces and speed? 100 exp(-(its distance from where it should
-    be / 6 % of the canvas)²), less for a wrong speed; 0 for a missing sprite, none for a hidden one; nan where nothing
-    can be said, as in the first two frames.
-    Text: the share of the named sprites that are there and of those there that are named; half for the wrong shape."""
+    """Score videos of sprites: (B, T, 3, size, size) in [-1, 1], B captions -> (B, T, 3) in 0..100.
+
+    Visual: distance to the nearest valid picture, 100 (1 - distance / that of an empty picture).
+    Temporal: does each sprite go straight, with valid bounces and speed? 100 exp(-(its distance
+    from where it is due / 6 % of the canvas)^2), less for an invalid speed; 0 for a missing sprite;
+    a hidden one does not count; nan where nothing is due, as in the first two frames.
+    Text: share of the named sprites that are there and of those there that are named; half for the
+    wrong shape; nan where no sprite is seen or due.
+    """
     B, T, _, size, _ = video.shape
     named = [parse_caption(caption) for caption in captions]
-    S = max([1, *map(len, named)])
-    fits = [fit_sprites(frames, S + 1, wall) for frames in video.float().flatten(0, 1).cpu().split(512)]
+    S = max([1, *map(len, named)]) + 1  # one more than named, to find a sprite too many
+
+    frames = video.float().flatten(0, 1).cpu()
+    fits = [fit_sprites(part, S, wall) for part in frames.split(512)]
     at, shape, colour, clear, error = (torch.cat(z).unflatten(0, (B, T)) for z in zip(*fits))
     visual = 100 * (1 - error.sqrt()).clamp(min=0)
-    judged = [judge(*z, size, wall) for z in zip(at.numpy(), shape.numpy(), colour.numpy(), clear.numpy(), named)]
-    return torch.cat([visual[..., None], torch.tensor(np.array(judged), dtype=torch.float32)], dim=-1)
+
+    judged = [
+        judge(
+            at[b].numpy(),
+            shape[b].numpy(),
+            colour[b].numpy(),
+            clear[b].numpy(),
+            named[b],
+            wall,
+            size,
+        )
+        for b in range(B)
+    ]
+    judged = torch.tensor(np.array(judged), dtype=torch.float32)  # (B, T, 2)
+    return torch.cat([visual[..., None], judged], dim=-1)
+
 
 def parse_caption(caption):
-    """{colour: shape} by index, of a caption such as "red circle and blue square"."""
+    """The sprites that a caption names, as {colour: shape} by index."""
     pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption.lower())
-    return {list(COLOURS).index(c): list(SHAPES).index(s) for c, s in pairs}
+    return {list(COLOURS).index(colour): list(SHAPES).index(shape) for colour, shape in pairs}
+
 
 def fit_sprites(picture, S, wall):
-    """The legal rendering of up to S sprites that is nearest to each picture (F, 3, size, size).
-    Returns at (F, S, 2), shape (F, S), colour (F, S), clear (F, S): how much of the sprite can be seen, 0 if it is not
-    there; error (F,): squared distance over that of an empty picture to a full one. Greedy matching of every colour,
-    shape and pixel, front to back, then a descent on the positions for both orders of the two largest."""
-    size, radius = picture.shape[-1], radius_of(picture.shape[-1], wall)
+    """Fit up to S sprites to each picture (F, 3, size, size): an approximate inverse of `paint`.
+
+    Greedy matching, then a descent on the positions for both orders of the two largest sprites.
+    Returns at (F, S, 2); shape and colour (F, S); clear (F, S): visible share of the sprite, 0 if
+    it is not there; error (F,): squared distance, 1 for an empty picture where S - 1 sprites are.
+    """
+    size = picture.shape[-1]
+    radius = radius_of(size, wall)
+    at, shape, colour, there = match_sprites(picture, S, wall)
+    at, shape, error = descend(picture, at, shape, colour, there, wall)
+
+    # where two sprites overlap, the one in front may have been found second
+    swap = [1, 0, *range(2, S)]
+    close = (at[:, 0] - at[:, 1]).abs().amax(1) < 2.2 * radius
+    near = (there[:, :2].all(1) & close).nonzero()[:, 0]
+    at2, shape2, error2 = descend(
+        picture[near],
+        at[near][:, swap],
+        shape[near][:, swap],
+        colour[near][:, swap],
+        there[near][:, swap],
+        wall,
+    )
+
+    better = error2 < error[near]
+    near = near[better]
+    at[near] = at2[better]
+    shape[near] = shape2[better]
+    error[near] = error2[better]
+    colour[near] = colour[near][:, swap]
+    there[near] = there[near][:, swap]
+
+    clear = visible_share(at, shape, there, size, wall)
+    full = colour_energy().mean() * templates(size, wall).square().sum((1, 2, 3)).mean() * (S - 1)
+    error = error / full
+    if not wall:  # without a wall an empty picture is never right
+        error = torch.where(there.any(1), error, error.clamp(min=1))
+    return at, shape, colour, clear, error
+
+
+def colour_energy():
+    """Squared distance of each colour to the background: (colours,)."""
+    return (PALETTE - BACKGROUND).square().sum(-1)
+
+
+def templates(size, wall):
+    """Coverage of each shape in a small window around its centre: (shapes, 1, window, window)."""
+    radius = radius_of(size, wall)
     half = int(radius * 1.3) + 2
-    kernel = coverage(torch.full((len(SHAPES), 2), half + 0.5), torch.arange(len(SHAPES)), 2 * half + 1, radius)[:, None]
+    centre = torch.full((len(SHAPES), 2), half + 0.5)
+    return coverage(centre, torch.arange(len(SHAPES)), 2 * half + 1, radius)[:, None]
+
+
+def match_sprites(picture, S, wall):
+    """Find up to S sprites in each picture (F, 3, size, size) greedily, the clearest first.
+
+    Every colour, shape and pixel is a candidate; a colour is used once. Returns at (F, S, 2), shape
+    and colour (F, S), there (F, S) bool.
+    """
+    F_, size = len(picture), picture.shape[-1]
+    radius = radius_of(size, wall)
+    energy = colour_energy()
+    kernel = templates(size, wall)
     inside = (torch.arange(size) + 0.5 - size / 2).abs() <= size / 2 - radius + 0.5
-    energy = (PALETTE - BACKGROUND).square().sum(-1)
-    # a pixel speaks for a colour by 1, against it by its distance: what is half another colour is no sprite of this one
-    unlike = (picture[:, None] - PALETTE[..., None, None]).square().sum(2) / energy[:, None, None]
-    through = (~wall_columns(size) if wall else torch.ones(size)).expand(len(picture), 1, size, -1).float()
-    found, taken = [], torch.zeros(len(picture), len(PALETTE), dtype=torch.bool)
+    inside = inside & inside[:, None]
+
+    # squared distance of each pixel to each colour, 1 for the background: (F, colours, size, size)
+    unlike = (picture[:, None] - PALETTE[..., None, None]).square().sum(2)
+    unlike = unlike / energy[:, None, None]
+
+    # share of each pixel that no sprite found so far and no wall hides: (F, 1, size, size)
+    free = ~wall_columns(size) if wall else torch.ones(size)
+    free = free.expand(F_, 1, size, -1).float()
+    taken = torch.zeros(F_, len(PALETTE), dtype=torch.bool)
+
+    found = []
     for doubt in (3, *[2] * (S - 1)):
-        votes = F.conv2d((through * (1 - doubt * unlike)).flatten(0, 1)[:, None], kernel, padding="same")
-        votes = votes.unflatten(0, unlike.shape[:2]) * energy[:, None, None, None]
-        votes = votes.masked_fill(~(inside & inside[:, None]) | taken[..., None, None, None], -torch.inf)
+        # each pixel votes for a colour by 1, minus its distance to it
+        votes = (free * (1 - doubt * unlike)).flatten(0, 1)[:, None]
+        votes = F.conv2d(votes, kernel, padding="same").unflatten(0, unlike.shape[:2])
+        votes = votes * energy[:, None, None, None]  # (F, colours, shapes, size, size)
+        votes = votes.masked_fill(~inside | taken[..., None, None, None], -torch.inf)
+
         best = votes.flatten(1).argmax(1)
         colour, shape, row, column = torch.unravel_index(best, votes.shape[1:])
         at = torch.stack([column, row], -1) + 0.5
+
+        # it is there if a quarter of what can be seen of it votes for it
         alpha = coverage(at, shape, size, radius)[:, None]
-        seen = (alpha * through).sum((1, 2, 3))
-        votes = votes.flatten(1).gather(1, best[:, None])[:, 0] / energy[colour]
-        there = (votes > 0.25 * seen) & (seen > 0.05 * alpha.sum((1, 2, 3)))
-        taken[torch.arange(len(taken)), colour] = True
+        seen = (alpha * free).sum((1, 2, 3))
+        score = votes.flatten(1).gather(1, best[:, None])[:, 0] / energy[colour]
+        there = (score > 0.25 * seen) & (seen > 0.05 * alpha.sum((1, 2, 3)))
+
         found.append((at, shape, colour, there))
-        through = through * (1 - alpha * there[:, None, None, None])
-    at, shape, colour, there = (torch.stack(z, 1) for z in zip(*found))
-    at, shape, error = descend(picture, at, shape, colour, there, wall)
-    swap = [1, 0, *range(2, S)]  # where two sprites overlap, the one in front may have been found second
-    near = (there[:, :2].all(1) & ((at[:, 0] - at[:, 1]).abs().amax(1) < 2.2 * radius)).nonzero()[:, 0]
-    at2, shape2, error2 = descend(picture[near], *(z[near][:, swap] for z in (at, shape, colour, there)), wall)
-    better = error2 < error[near]
-    near = near[better]
-    at[near], shape[near], error[near] = at2[better], shape2[better], error2[better]
-    colour[near], there[near] = colour[near][:, swap], there[near][:, swap]
-    clear = visible_share(at, shape, there, size, wall)
-    error = error / (energy.mean() * kernel.square().sum((1, 2, 3)).mean() * (S - 1))
-    return at, shape, colour, clear, error if wall else torch.where(there.any(1), error, error.clamp(min=1))
+        taken[torch.arange(F_), colour] = True
+        free = free * (1 - alpha * there[:, None, None, None])
+    return [torch.stack(z, 1) for z in zip(*found)]
+
 
 def descend(picture, at, shape, colour, there, wall):
-    """Try every shape for each sprite, then move it to the best of its neighbours by ever smaller steps.
-    Returns (at, shape, squared error), made anew."""
-    size, moves = picture.shape[-1], torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))
-    for step, forms in ((0.5, len(SHAPES)), (0.25, 1), (0.125, 1), (0.0625, 1), (0.03125, 1)):
+    """Move each sprite to the best of its neighbour positions, by ever smaller steps.
+
+    The first step tries every shape too. Returns new (at, shape) and the squared error (F,).
+    """
+    size = picture.shape[-1]
+    moves = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))  # (9, 2)
+    every = torch.arange(len(at))
+
+    for step in (0.5, 0.25, 0.125, 0.0625, 0.03125):
+        turns = len(SHAPES) if step == 0.5 else 1
         for s in there.any(0).nonzero()[:, 0].tolist():
-            tried = at[:, None].repeat(1, forms * len(moves), 1, 1)
-            tried[:, :, s] += step * moves.repeat(forms, 1)
-            form = shape[:, None].repeat(1, forms * len(moves), 1)
-            form[:, :, s] += torch.arange(forms).repeat_interleave(len(moves))
-            form %= len(SHAPES)
-            drawn = paint(tried, form, colour[:, None].expand_as(form), size, wall, there[:, None].float())
+            # candidates (F, turns * 9, S, ...), which differ in sprite s alone
+            tried_at = at[:, None].repeat(1, turns * len(moves), 1, 1)
+            tried_at[:, :, s] += step * moves.repeat(turns, 1)
+            tried_shape = shape[:, None].repeat(1, turns * len(moves), 1)
+            tried_shape[:, :, s] += torch.arange(turns).repeat_interleave(len(moves))
+            tried_shape %= len(SHAPES)
+
+            tried_colour = colour[:, None].expand_as(tried_shape)
+            shown = there[:, None].float()
+            drawn = paint(tried_at, tried_shape, tried_colour, size, wall, shown)
             best = (drawn - picture[:, None]).square().sum((2, 3, 4)).argmin(1)
-            every = torch.arange(len(at))
-            at, shape = tried[every, best], form[every, best]
-    error = (paint(at, shape, colour, size, wall, there.float()) - picture).square().sum((1, 2, 3))
-    return at, shape, error
+            at = tried_at[every, best]
+            shape = tried_shape[every, best]
+
+    drawn = paint(at, shape, colour, size, wall, there.float())
+    return at, shape, (drawn - picture).square().sum((1, 2, 3))
+
 
 def visible_share(at, shape, there, size, wall):
-    """The share of each sprite (F, S) that neither the wall nor those before it hide; 0 for those not there."""
-    cover = coverage(at, shape, size, radius_of(size, wall)) * there[..., None, None]
-    through = F.pad((1 - cover).cumprod(1), (0, 0, 0, 0, 1, -1), value=1.0) * (~wall_columns(size) if wall else 1)
-    return (cover * through).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
+    """Share of each sprite that neither the wall nor the sprites in front hide: (F, S).
 
-def judge(at, shape, colour, clear, named, size, wall):
-    """Temporal and Text of one video, (T, 2), from its fitted sprites: at (T, S, 2), shape, colour, clear (T, S)."""
-    radius, scores, tracks = radius_of(size, wall), [], {}
+    0 for those that are not there.
+    """
+    cover = coverage(at, shape, size, radius_of(size, wall)) * there[..., None, None]
+    free = F.pad((1 - cover).cumprod(1), (0, 0, 0, 0, 1, -1), value=1.0)
+    if wall:
+        free = free * ~wall_columns(size)
+    return (cover * free).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
+
+
+def judge(at, shape, colour, clear, named, wall, size):
+    """Temporal and Text of one video, T pairs, from its fitted sprites.
+
+    at (T, S, 2), shape, colour and clear (T, S); named {colour: shape}.
+    """
+    scores = []
+    tracks = {}  # per colour its last two sightings, (frame, position) each
     for t in range(len(at)):
-        there = {int(colour[t, s]): s for s in reversed(range(len(at[t]))) if clear[t, s] > 0.15}
-        right = sum(1.0 if shape[t, there[c]] == named[c] or clear[t, there[c]] < 0.6 else 0.5 for c in named if c in there)
-        steps = {c: forecast(track, t, size, radius) for c, track in tracks.items()}
-        hidden = {c for c in named if c not in there and c in steps
-                  and hides(steps[c][0][0], at[t, list(there.values())], size, radius, wall)}
-        sharp = {c: s for c, s in there.items() if clear[t, s] > 0.5}
+        # sprites in this frame, {colour: s}; of two of one colour the front one
+        there = {int(colour[t, s]): s for s in reversed(range(len(at[t]))) if clear[t, s] > SEEN}
+        sharp = {c: s for c, s in there.items() if clear[t, s] > CLEAR}
+        due = {c: forecast(track, t, size, wall) for c, track in tracks.items()}
+        in_sight = at[t, list(there.values())]
+
+        hidden = set()
+        for c in named:
+            if c not in there and c in due and may_be_hidden(due[c], in_sight, size, wall):
+                hidden.add(c)
         missing = len(set(named) - hidden - set(there))
-        temporal = [straightness(at[t, s], *steps[c], size) for c, s in sharp.items() if c in steps] + [0.0] * missing * (t > 1)
-        text = right / max(1, len(named) - len(hidden), len(there)) if there or missing else np.nan
-        scores.append((100 * torch.tensor(temporal, dtype=torch.float64).nanmean().item(), 100 * text))
+
+        straight = [straightness(at[t, s], *due[c], size) for c, s in sharp.items() if c in due]
+        if t > 1:
+            straight += [0.0] * missing
+        temporal = torch.tensor(straight, dtype=torch.float64).nanmean().item()
+
+        text = np.nan
+        if there or missing:
+            right = 0.0
+            for c, named_shape in named.items():
+                if c not in there:
+                    continue
+                s = there[c]
+                is_right = shape[t, s] == named_shape or clear[t, s] < SHAPE_CLEAR
+                right += 1.0 if is_right else 0.5
+            text = right / max(1, len(named) - len(hidden), len(there))
+
+        scores.append((100 * temporal, 100 * text))
         for c, s in sharp.items():
             tracks[c] = (*tracks.get(c, ())[-1:], (t, at[t, s]))
     return scores
 
-def forecast(track, t, size, radius):
-    """Where a sprite seen at (t0, p0), (t1, p1) is due at t, per axis: it went straight, or just bounced off the low or
-    the high edge. Returns (positions, velocities), (3, 2) each, inf where no legal sprite is that fast."""
+
+def forecast(track, t, size, wall):
+    """Where a sprite of two sightings is due at frame t, and its velocity: (3, 2) each, per axis.
+
+    Three cases: it went straight, or just bounced off the low or the high edge. inf where no valid
+    sprite is that fast; nan without two sightings in a row.
+    """
     if len(track) < 2 or track[1][0] - track[0][0] != 1:
         return np.full((2, 3, 2), np.nan)
     (_, p0), (t1, p1) = track
-    low, high = radius, size - radius
-    v = np.stack([p1 - p0, p1 + p0 - 2 * low, p1 + p0 - 2 * high])
-    due = np.where(np.abs(v) > 1.2 * SPEED[1] * size, np.inf, reflect(p1 + v * (t - t1), low, high))
-    return due, v
+    low = radius_of(size, wall)
+    high = size - low
 
-def straightness(at, due, v, size):
-    """1 where a sprite is where it was due and legally fast, 0 far from it; nan if nothing was due."""
+    # a bounce mirrors the earlier position at the edge
+    velocity = np.stack([p1 - p0, p1 + p0 - 2 * low, p1 + p0 - 2 * high])
+    at = reflect(p1 + velocity * (t - t1), low, high)
+    return np.where(np.abs(velocity) > 1.2 * SPEED[1] * size, np.inf, at), velocity
+
+
+def straightness(at, due, velocity, size):
+    """1 where a sprite is where it was due at a valid speed, 0 far from it; nan if none was due."""
     off = np.abs(at - due)
     best = off.argmin(0)
-    speed = np.linalg.norm(v[best, [0, 1]])
-    wrong_speed = max(0, SPEED[0] * size - speed, speed - SPEED[1] * size)
-    return np.exp(-(np.linalg.norm(off.min(0)) / (0.06 * size)) ** 2 - (wrong_speed / (0.02 * size)) ** 2)
+    speed = np.linalg.norm(velocity[best, [0, 1]])
 
-def hides(where, others, size, radius, wall):
-    """Might a sprite be overlooked there, half behind the wall or behind one in sight? At an unknown place it might not."""
-    behind_wall = wall and abs(where[0] - size / 2) < WALL_HALF * size + 0.3 * radius
-    return bool(behind_wall or (np.linalg.norm(others - where, axis=-1) < 0.7 * radius).any())
+    wrong_place = np.linalg.norm(off.min(0)) / (0.06 * size)
+    wrong_speed = max(0, SPEED[0] * size - speed, speed - SPEED[1] * size) / (0.02 * size)
+    return np.exp(-(wrong_place**2) - wrong_speed**2)
 
-def ruler_table(scores):
-    """A table of `measure`'s scores (B, T, 3) as text, per third of the video as the paper's Table 1: the mean over its
-    frames of the mean over videos ± standard error over the videos."""
-    lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in ("Temporal", "Visual", "Text"))]
-    edges = [round(third * scores.shape[1] / 3) for third in range(4)]
-    for start, end in [*zip(edges, edges[1:]), (0, edges[-1])]:
-        mean, z = scores[:, start:end].nanmean(dim=0).nanmean(dim=0), scores[:, start:end].nanmean(dim=1)
-        n = (~z.isnan()).sum(0).clamp(min=1)
-        spread = ((z - z.nanmean(0)).square().nansum(0) / (n - 1) / n).sqrt()
-        lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(f"{mean[i]:8.2f} ± {spread[i]:5.2f}" for i in (1, 0, 2)))
-    return "\n".join(lines)
 
-def read_frames(path, size, fps=0.0, stride=1):
-    """Decode a file lazily: frames (height, width, 3) uint8, resized and cut to the centre, every `stride`-th of them at
-    `fps` frames per second (0: the file's own rate). size: (height, width), or one number for a square. Raises
-    ValueError if nothing can be read."""
-    steps, (height, width) = [("fps", str(fps))] if fps else [], size if isinstance(size, tuple) else (size, size)
-    steps += [("scale", f"{width}:{height}:force_original_aspect_ratio=increase"), ("crop", f"{width}:{height}")]
-    wrong = "it has no frames"
-    try:
-        for frame in islice(iio.imiter(path, plugin="pyav", filter_sequence=steps, format="rgb24"), 0, None, stride):
-            wrong = None
-            yield frame
-    except Exception as error:  # ffmpeg's errors share no class; what could be decoded before is kept
-        wrong = wrong and one_line(error)
-    if wrong:
-        raise ValueError(f"{path} cannot be read as a video ({wrong}); what ffmpeg reads would work: mp4, gif, avi, webm")
+def may_be_hidden(due, in_sight, size, wall):
+    """Whether a sprite that is due may be overlooked behind the wall or behind one in sight.
+
+    due: a `forecast`, whose straight case counts; in_sight (n, 2). False where nothing was due.
+    """
+    at = due[0][0]
+    radius = radius_of(size, wall)
+    if wall and abs(at[0] - size / 2) < WALL_HALF * size + 0.3 * radius:
+        return True
+    return bool((np.linalg.norm(in_sight - at, axis=-1) < 0.7 * radius).any())
+
+
+class Folder:
+    """Random clips of T frames from files; every file once in each round of len(files) indices.
+
+    A subclass calls `keep` with the lengths of its files and defines load(number, start), the item
+    of file `number` from frame `start` on.
+    """
+
+    def __getitem__(self, index):
+        round_, place = divmod(index, len(self.files))
+        order = np.random.default_rng([self.seed, round_]).permutation(len(self.files))
+
+        # a file that turns out to be bad is replaced by the next
+        for number in map(int, np.roll(order, -place)):
+            if self.broken[number]:
+                continue
+            rng = np.random.default_rng([self.seed, round_, place, 1])
+            start = int(rng.integers(self.lengths[number] - self.frames + 1))
+            try:
+                return self.load(number, start)
+            except READ_ERRORS as error:
+                self.broken[number] = True
+                print(skipped(self.files[number], error))
+        raise ValueError("none of the files can be read any more")
+
+    def keep(self, folder, lengths, unreadable):
+        """Keep the files of {path: length} that are long enough. Raises ValueError if none is."""
+        self.files = [path for path, length in lengths.items() if length >= self.frames]
+        self.lengths = [lengths[path] for path in self.files]
+        self.broken = torch.zeros(len(self.files), dtype=torch.bool)
+        self.broken.share_memory_()  # among the loader's worker processes
+        if not self.files:
+            raise ValueError(
+                f"no clip in {folder} has {self.frames} frames: of {len(lengths)} the longest has "
+                f"{max(lengths.values(), default=0)}, and {unreadable} cannot be read"
+            )
+
+        short = len(lengths) - len(self.files)
+        if short:
+            warn(f"skipping {short} of {len(lengths)} clips, of fewer than {self.frames} frames")
+
+
+class Videos(Folder):
+    """Clips from a folder of videos, with an optional caption in name.txt beside name.mp4.
+
+    `workers` threads open each file once to list the folder. An item decodes only its own frames,
+    from the keyframe before them. Resized frames are kept, up to `memory` bytes a process: a small
+    folder is soon decoded for good, a large one is not held.
+    A file that cannot be read is named once in a warning and skipped; clips too short are counted
+    and skipped. Raises ValueError if none is left.
+    """
+
+    channels = 3
+
+    def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, workers=None, memory=2**30):
+        self.size = size
+        self.frames = frames
+        self.rate = fps
+        self.stride = stride
+        self.seed = seed
+        self.memory = memory
+        self.kept = {}  # per file its pictures (length, height, width, 3) and which are known
+
+        files = list_files(folder, "videos")
+        found = look_at_videos(files, workers)  # {path: (header, caption)}
+        lengths = {path: header.length(fps, stride) for path, (header, _) in found.items()}
+        self.keep(folder, lengths, unreadable=len(files) - len(found))
+        self.headers = [found[path][0] for path in self.files]
+        self.captions = [found[path][1] for path in self.files]
+        self.fps = float(np.median([(fps or header.rate) / stride for header, _ in found.values()]))
+
+        spoken = [split_words(caption) for caption in self.captions]
+        self.words = Words(sorted(set(chain(*spoken))), max([1, *map(len, spoken)]))
+        self.text_dim = self.words.text_dim
+        self.rows = self.words.rows
+
+    def load(self, number, start):
+        """(video (T, 3, height, width), c): T frames of a file from frame `start` on.
+
+        Raises ValueError if they cannot be decoded.
+        """
+        c = self.words(self.captions[number])
+        if not self.has_room(number):
+            return to_float(self.decode(number, start)), c
+
+        pictures, known = self.kept[number]
+        clip = slice(start, start + self.frames)
+        if not known[clip].all():
+            pictures[clip] = self.decode(number, start)
+            known[clip] = True
+        return to_float(pictures[clip]), c
+
+    def has_room(self, number):
+        """Whether the frames of a file are kept; reserve their memory at the first call."""
+        if number not in self.kept:
+            shape = (self.lengths[number], *sides(self.size), 3)
+            used = sum(pictures.nbytes for pictures, _ in self.kept.values())
+            if used + math.prod(shape) > self.memory:
+                return False
+            self.kept[number] = np.empty(shape, np.uint8), np.zeros(shape[0], bool)
+        return True
+
+    def decode(self, number, start):
+        """Decode T frames of a file: (T, height, width, 3) uint8."""
+        path, header = self.files[number], self.headers[number]
+        reader = read_frames(path, self.size, self.rate, self.stride, start, header)
+        pictures = list(islice(reader, self.frames))
+        if len(pictures) < self.frames:
+            raise ValueError(
+                f"only {start + len(pictures)} of its {self.lengths[number]} frames can be decoded"
+            )
+        return np.stack(pictures)
+
+
+class Latents(Folder):
+    """Clips from a folder of .npz files, each read when an item asks for it.
+
+    A file holds `latents` (T, C, height, width) and optionally `text` (L, text_dim). One that
+    cannot be read or contains NaN or inf is named once in a warning and skipped. Raises ValueError
+    if none is left, or if they differ in channels, size or text_dim.
+    """
+
+    words = None
+    fps = 4
+
+    def __init__(self, folder, frames, seed=0):
+        self.frames = frames
+        self.seed = seed
+
+        shapes = {}  # {path: (shape of latents, shape of text)}
+        errors = []
+        for path in list_files(folder, "latents"):
+            try:
+                shapes[path] = latent_shapes(path)
+            except ValueError as error:
+                errors.append(error)
+        if not shapes:
+            raise ValueError(f"no file of {folder} can be used: {errors[0]}")
+        for error in errors:
+            warn(f"skipped: {error}")
+
+        first = next(iter(shapes))
+        latents, text = shapes[first]
+        for path, (other, other_text) in shapes.items():
+            if other[1:] != latents[1:] or other_text[1] != text[1]:
+                raise ValueError(
+                    f"{path} holds latents {other} with text {other_text}, but {first} {latents} "
+                    f"with {text}; a folder needs the same channels, size and text width"
+                )
+
+        lengths = {path: latents[0] for path, (latents, _) in shapes.items()}
+        self.keep(folder, lengths, unreadable=len(errors))
+        self.channels = latents[1]
+        self.size = latents[2:]
+        self.text_dim = text[1]
+        self.rows = max(text[0] for _, text in shapes.values())
+
+    def load(self, number, start):
+        """(latents (T, C, height, width), c): T frames of a file from frame `start` on.
+
+        Raises ValueError if the file contains NaN or inf.
+        """
+        with np.load(self.files[number]) as file:
+            latents = np.float32(file["latents"])
+            text = np.float32(file["text"]) if "text" in file else np.zeros((1, 1), np.float32)
+        if not (np.isfinite(latents).all() and np.isfinite(text).all()):
+            raise ValueError("it contains NaN or inf")
+
+        text = F.pad(torch.from_numpy(text), (0, 0, 0, self.rows - len(text)))
+        return torch.from_numpy(latents[start : start + self.frames]), text
+
+
+def open_data(args, split="train"):
+    """Open the dataset that `--data` names: "sprites", a folder of latents, or one of videos."""
+    if args.data == "sprites":
+        if isinstance(args.size, tuple):
+            height, width = args.size
+            raise ValueError(
+                f"--size {height}x{width}: sprites live in a square; one number would work"
+            )
+        return Sprites(
+            args.size, args.frames, args.seed, split, args.objects, args.wall, args.withheld
+        )
+    if holds_latents(args.data):
+        return Latents(args.data, args.frames, args.seed)
+    return Videos(args.data, args.size, args.frames, args.fps, args.stride, args.seed)
+
+
+# ---- machinery: reading and writing files, listing folders, Wan's VAE and text, encode ----
+
+READ_ERRORS = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+MAX_SIDE = 8192  # pixels
+
 
 def read_video(path, size, fps=0.0, stride=1, frames=None):
-    """The first `frames` frames of a file (all if None): (T, 3, size, size) float32 in [-1, 1]."""
+    """Read the first `frames` frames of a file, or all: (T, 3, height, width) in [-1, 1].
+
+    The other arguments are those of `read_frames`. Raises ValueError if nothing can be read.
+    """
     return to_float(np.stack(list(islice(read_frames(path, size, fps, stride), frames))))
 
+
+def read_frames(path, size, fps=0.0, stride=1, start=0, header=None):
+    """Decode a file lazily: frames (height, width, 3) uint8, scaled to cover `size` and cropped.
+
+    size: (height, width), or one number for a square. fps: resample to this rate, 0 keeps the
+    file's own. stride: keep every stride-th frame. start: skip so many of the frames that would
+    come; by seeking if the file's `header` is given.
+    Raises ValueError if nothing can be read. What comes before a damaged part is returned.
+    """
+    wanted = start * stride
+    shown = None
+    error = ValueError(f"it has no frame {wanted}" if wanted else "it has no frames")
+    try:
+        with open_video(path) as container:
+            for number, frame in numbered_frames(container, fps, wanted, header):
+                # the frame before is shown until this one is due
+                while shown is not None and wanted < number:
+                    error = None
+                    yield resize(shown, size)
+                    wanted += stride
+                shown = frame
+    except (av.FFmpegError, ValueError) as failure:
+        if error is not None:  # nothing was read so far
+            error = failure
+    if error is not None:
+        raise unreadable(path, error)
+
+
+def open_video(path):
+    """Open a file to decode its first video stream. Raises ValueError if it has none to decode."""
+    container = av.open(str(path), metadata_errors="replace")
+    try:
+        if not container.streams.video:
+            raise ValueError("it has no video stream")
+        if container.format.name.endswith("_pipe") or container.format.name == "image2":
+            raise ValueError("it is a still picture, not a video")
+        stream = container.streams.video[0]
+        if not stream.guessed_rate:
+            raise ValueError("it has no frame rate")
+
+        # a loader has a process per core already; and threads would not survive its fork
+        stream.codec_context.thread_count = 1
+    except ValueError:
+        container.close()
+        raise
+    return container
+
+
+def numbered_frames(container, fps, wanted, header):
+    """Decode (number, frame) pairs; with a header, from the keyframe before number `wanted` on.
+
+    Numbers count from the first frame of the file: at `fps` frames per second, or its own frames if
+    fps is 0. The last pair is (the number at which the last frame ends, None).
+    """
+    stream = container.streams.video[0]
+    first = None
+    packets = container.demux(stream)
+    seek = wanted > 0 and header is not None and header.seekable
+    if seek:
+        first = header.first
+        packets = packets_before(container, header.latest_pts(wanted, fps))
+
+    duration = 1 / (stream.guessed_rate * stream.time_base)  # of a frame, in units of pts
+    rate = per_pts(fps, stream.time_base)
+    frames = (frame for packet in packets for frame in packet.decode())
+    end = 0
+    for count, frame in enumerate(frames):
+        pts = frame.pts if has_times(container, frame) else count * duration
+        first = pts if first is None else first
+        if fps:
+            # rounded one by one, as ffmpeg's filter "fps" does
+            origin = number_at(first, rate)
+            number = number_at(pts, rate) - origin
+            end = number_at(pts + (frame.duration or duration), rate) - origin
+        else:
+            number = header.number(pts) if seek else count
+            end = number + 1
+        yield number, frame
+    yield end, None
+
+
+def has_times(container, frame):
+    """Whether the pts of a frame can be trusted: raw streams have none, AVI that of decoding."""
+    return frame.pts is not None and container.format.name != "avi"
+
+
+def packets_before(container, pts):
+    """Demux from the last keyframe on that is shown at `pts` or before.
+
+    Raises ValueError if there is none.
+    """
+    stream = container.streams.video[0]
+    at = pts
+    while True:
+        container.seek(at, stream=stream)
+        packets = container.demux(stream)
+        packet = next(packets)
+        if packet.is_keyframe and packet.pts is not None and packet.pts <= pts:
+            return chain([packet], packets)
+        if packet.dts is None or packet.dts > at:
+            raise ValueError("it has no keyframe where it should begin")
+
+        # too late: files are sorted by the time of decoding, and some formats seek to any frame
+        at = packet.dts - 1
+
+
+def number_at(pts, rate):
+    """Number of the frame nearest to `pts`, at `rate` frames per unit of pts; half rounds up."""
+    return (2 * pts * rate.numerator + rate.denominator) // (2 * rate.denominator)
+
+
+def per_pts(fps, time_base):
+    """Frames per second to frames per unit of pts, as a Fraction."""
+    return Fraction(fps).limit_denominator(10_000) * time_base
+
+
+@dataclass
+class Header:
+    """Properties of a video file, enough to find its frames without decoding the others."""
+
+    frames: int
+    seconds: Fraction
+    rate: Fraction  # frames per second
+    time_base: Fraction  # seconds per unit of pts, the time at which a frame is shown
+    first: int | None  # pts of the first frame; None if frames have no reliable pts
+    times: np.ndarray | None  # sorted pts of all frames; None: frame n is shown at n / rate
+    seekable: bool  # whether frames can be found by their pts
+
+    @cached_property
+    def per_pts(self):
+        """Frames per unit of pts."""
+        return self.rate * self.time_base
+
+    def length(self, fps, stride):
+        """Number of frames that `read_frames` returns."""
+        frames = self.frames
+        if fps:
+            rate = per_pts(fps, self.time_base)
+            first = self.first or 0
+            end = first + self.seconds / self.time_base
+            frames = number_at(end, rate) - number_at(first, rate)
+        return -(-frames // stride)
+
+    def number(self, pts):
+        """Number of the frame that is shown at `pts`, in the file's own frames."""
+        if self.times is not None:
+            return int(np.searchsorted(self.times, pts))
+        return number_at(pts - self.first, self.per_pts)
+
+    def latest_pts(self, number, fps):
+        """The latest pts that has this number, as `numbered_frames` counts."""
+        if self.times is not None and not fps:
+            return int(self.times[number])
+        end = number + Fraction(1, 2)
+        if not fps:
+            return self.first + math.ceil(end / self.per_pts) - 1
+        rate = per_pts(fps, self.time_base)
+        return math.ceil((number_at(self.first, rate) + end) / rate) - 1
+
+
+def read_header(path):
+    """Read a file's `Header` and decode its first frame. Raises ValueError or av.FFmpegError.
+
+    Where the header tells no number of frames or no constant rate, all packets are read too, but
+    not decoded.
+    """
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        rate, unit = stream.guessed_rate, stream.time_base
+        first = None
+        times = []
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                times.append((packet.pts, packet.duration or 0))
+            if first is None:
+                first = next(iter(packet.decode()), None)
+            if first is not None and has_constant_rate(stream):
+                seconds = stream.duration * unit
+                seekable = has_times(container, first) and first.pts == stream.start_time
+                start = first.pts if seekable else None
+                return Header(stream.frames, seconds, rate, unit, start, None, seekable)
+        if first is None:
+            raise ValueError("it has no frames")
+        if not has_times(container, first) or any(pts is None for pts, _ in times):
+            return Header(len(times), len(times) / rate, rate, unit, None, None, False)
+
+    times.sort()
+    seconds = (sum(times[-1]) - times[0][0]) * unit
+    pts = np.array([pts for pts, _ in times])
+    return Header(len(times), seconds, rate, unit, first.pts, pts, bool(first.pts == pts[0]))
+
+
+def has_constant_rate(stream):
+    """Whether the header tells the number of frames, and they are evenly spaced."""
+    if not (stream.frames and stream.duration and stream.average_rate == stream.base_rate):
+        return False
+    return stream.frames == number_at(stream.duration, stream.average_rate * stream.time_base)
+
+
+def look_at_videos(files, workers=None):
+    """Read headers and captions in threads: {path: (Header, caption)} of the readable files.
+
+    The others are named in a warning.
+    """
+
+    def look(path):
+        try:
+            header = read_header(path)
+        except (av.FFmpegError, ValueError, OSError) as error:
+            return unreadable(path, error)
+        try:
+            return header, read_caption(path)
+        except (ValueError, OSError) as error:
+            return error
+
+    found = {}
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        results = tqdm(
+            pool.map(look, files), "looking at videos", len(files), leave=False, disable=None
+        )
+        for path, result in zip(files, results):
+            if isinstance(result, Exception):
+                warn(skipped(path, result))
+            else:
+                found[path] = result
+    return found
+
+
+def unreadable(path, error):
+    """A ValueError that says why a file is no video."""
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return ValueError(
+        f"{path} cannot be read as a video ({reason}); what ffmpeg reads would work: "
+        "mp4, gif, avi, webm"
+    )
+
+
+def resize(frame, size):
+    """Scale a decoded frame to cover `size`, crop it, convert to RGB: (height, width, 3) uint8."""
+    colours = frame.format.name, frame.colorspace, frame.color_range
+    graph = resize_graph(frame.width, frame.height, colours, *sides(size), threading.get_ident())
+    graph.push(frame)
+    return graph.pull().to_ndarray()
+
+
+@lru_cache(maxsize=16)  # to build one takes longer than to resize a small clip
+def resize_graph(frame_width, frame_height, colours, height, width, thread):
+    """Build the filter of `resize` for frames of this kind, used by this thread alone."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame_width, height=frame_height, format=colours[0], time_base=Fraction(1)
+    )
+    scale = graph.add("scale", f"{width}:{height}:force_original_aspect_ratio=increase")
+    to_rgb = graph.add("scale", "flags=bilinear")
+    rgb = graph.add("format", "rgb24")
+    crop = graph.add("crop", f"{width}:{height}")
+    sink = graph.add("buffersink")
+
+    if width % 2 or height % 2:  # before RGB only even sizes can be cut out
+        graph.link_nodes(source, scale, to_rgb, rgb, crop, sink)
+    else:
+        graph.link_nodes(source, scale, crop, to_rgb, rgb, sink)
+    graph.configure()
+    return graph
+
+
+def sides(size):
+    """(height, width) of a size, which is that already or one number for a square."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
 def to_float(clip):
+    """(T, height, width, 3) uint8 -> (T, 3, height, width) in [-1, 1]."""
     return rearrange(torch.from_numpy(clip), "t h w c -> t c h w").float() / 127.5 - 1
+
 
 def to_bytes(video):
     """(T, 3, height, width) in [-1, 1] -> (T, height, width, 3) uint8."""
-    return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "t c h w -> t h w c").round().byte().cpu().numpy()
+    video = (video.float().clamp(-1, 1) + 1) * 127.5
+    return rearrange(video, "t c h w -> t h w c").round().byte().cpu().numpy()
 
-def walk(folder):
-    """All files of a folder, its subfolders and what they link to, but hidden ones. Raises ValueError if it is no folder."""
-    if not Path(folder).is_dir():
-        raise ValueError(f'{folder} is not a folder; wanted one of videos or of latents (.npz), or for train.py "sprites"')
-    return [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != "."]
 
-def files_in(folder, kind):
-    """Its "videos" or "latents" (.npz), sorted. Raises ValueError if there are none."""
-    files = sorted(path for path in walk(folder) if (path.suffix == ".npz" if kind == "latents" else
-                                                     path.suffix.lower() not in {".txt", ".npz", ".json", ".md"}))
+def enlarge(frames, height=128):
+    """Repeat pixels so that small frames can be seen: (..., height, width, 3) uint8."""
+    times = max(1, round(height / frames.shape[-3]))
+    return frames.repeat(times, -3).repeat(times, -2)
+
+
+@contextmanager
+def writer(path, fps=8.0):
+    """Write a video: `with writer("out.mp4", 8) as write: write(frames)`.
+
+    `write` appends frames (T, 3, height, width) in [-1, 1], enlarged if they are small, or pictures
+    (T, height, width, 3) uint8. An .mp4 grows frame by frame; a .gif is encoded at the end, since
+    its frames share their colours. The file gets its name when it is complete. Raises ValueError
+    for other endings and if the file cannot be written.
+    """
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending not in (".mp4", ".gif"):
+        raise ValueError(f"{path}: videos are written as .mp4 or .gif")
+    part = path.with_name("." + path.name)
+    check_writable(path, part)
+
+    try:
+        if ending == ".gif":
+            pictures = []
+            yield lambda video: pictures.extend(as_pictures(video))
+            iio.imwrite(
+                part,
+                np.stack(pictures),
+                extension=".gif",
+                plugin="pillow",
+                duration=1000 / fps,
+                loop=0,
+            )
+        else:
+            with av.open(str(part), "w", format="mp4") as container:
+                encoder = Encoder(container, fps)
+                yield lambda video: encoder.write(as_pictures(video))
+                encoder.finish()
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_writable(path, part):
+    """Create the folder and the unfinished file. Raises ValueError if that is impossible."""
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def as_pictures(video):
+    return enlarge(to_bytes(video)) if torch.is_tensor(video) else video
+
+
+class Encoder:
+    """Append pictures (height, width, 3) uint8 to an open .mp4 file."""
+
+    def __init__(self, container, fps):
+        self.container = container
+        self.stream = container.add_stream("libx264", Fraction(fps).limit_denominator(65535))
+        self.stream.codec_context.thread_count = 1  # threads would not survive a loader's fork
+        self.rgb_to_yuv = VideoReformatter()
+        self.count = 0
+
+    def write(self, pictures):
+        for picture in pictures:
+            height, width = (side // 2 * 2 for side in picture.shape[:2])  # H.264 has even sides
+            picture = np.ascontiguousarray(picture[:height, :width])
+            if self.count == 0:
+                self.stream.height, self.stream.width = height, width
+                self.stream.pix_fmt = "yuv420p"
+
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame = self.rgb_to_yuv.reformat(frame, format="yuv420p", threads=1)
+            frame.time_base = 1 / self.stream.codec_context.framerate
+            frame.pts = self.count
+            self.container.mux(self.stream.encode(frame))
+            self.count += 1
+
+    def finish(self):
+        if self.count:
+            self.container.mux(self.stream.encode(None))
+
+
+def holds_latents(folder):
+    """Whether a folder is one of latents; if it holds videos too, print what is read.
+
+    It is if one of its .npz files holds `latents`, or if it holds nothing else.
+    """
+    videos = find_files(folder, "videos")
+    arrays = find_files(folder, "latents")
+    if not arrays:
+        return False
+    if not videos:
+        return True
+
+    latents = any(map(has_latents, arrays))
+    if latents:
+        reason = f"the latents, as .npz files hold some; the {len(videos)} other files are ignored"
+    else:
+        reason = f"the videos, as none of the {len(arrays)} .npz files holds latents"
+    warn(f"{folder} holds videos and .npz files: reading {reason}")
+    return latents
+
+
+def has_latents(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "latents.npy" in archive.namelist()
+    except READ_ERRORS:
+        return False
+
+
+def latent_shapes(path):
+    """Shapes of `latents` and of `text`, (1, 1) without one, from the headers in a .npz file.
+
+    Raises ValueError if it cannot be read or holds something else.
+    """
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for key in archive.namelist():
+                with archive.open(key) as file:
+                    np.lib.format.read_magic(file)
+                    shape, _, _ = np.lib.format.read_array_header_1_0(file)
+                    found[key.removesuffix(".npy")] = shape
+    except READ_ERRORS as error:
+        raise ValueError(f"{path} is not a readable .npz file ({one_line(error)})") from None
+
+    latents = found.get("latents", ())
+    text = found.get("text", (1, 1))
+    if len(latents) != 4 or len(text) != 2:
+        raise ValueError(
+            f"{path} holds {found}; wanted `latents` (T, C, height, width) and optionally "
+            "`text` (L, text_dim)"
+        )
+    return latents, text
+
+
+def list_files(folder, kind):
+    """Sorted paths of a folder's "videos" or "latents" (.npz), subfolders and links included.
+
+    Hidden files and folders are left out. A file or folder that links reach again is listed once.
+    Raises ValueError if there are none, or if it is no folder.
+    """
+    files = find_files(folder, kind)
     if not files:
         raise ValueError(f"{folder} holds no {kind}")
     return files
 
-def caption_of(path):
-    """What name.txt beside name.mp4 says, "" if there is none. Raises ValueError if it is not UTF-8."""
+
+def find_files(folder, kind):
+    """As `list_files`, but maybe empty."""
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"{folder} is not a folder; wanted one of videos or of latents (.npz), "
+            'or for train.py "sprites"'
+        )
+    found = []
+    visited = set()  # real paths
+    for root, folders, names in os.walk(folder, followlinks=True):
+        visited.add(os.path.realpath(root))
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(root, name))
+            if name[0] != "." and real not in visited:
+                visited.add(real)
+                kept.append(name)
+        folders[:] = kept  # where os.walk goes next
+
+        for name in sorted(names):
+            real = os.path.realpath(os.path.join(root, name))
+            if name[0] != "." and real not in visited and is_kind(name, kind):
+                visited.add(real)
+                found.append(Path(root, name))
+    return sorted(found)
+
+
+def is_kind(name, kind):
+    ending = Path(name).suffix.lower()
+    if kind == "latents":
+        return ending == ".npz"
+    return ending not in {".txt", ".npz", ".json", ".md"}
+
+
+def read_caption(path):
+    """The text of name.txt beside name.mp4, "" without one. Raises ValueError if not UTF-8."""
     path = path.with_suffix(".txt")
     try:
         return path.read_text("utf-8").strip() if path.is_file() else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8 ({error})") from None
 
-def fold(video, chunk):
-    """Latent frames to frames: (B, N · chunk, C, height, width) -> (B, N, chunk · C, height, width)."""
-    return rearrange(video, "b (n t) c h w -> b n (t c) h w", t=chunk)
 
-def unfold(x, chunk):
-    """`fold` undone."""
-    return rearrange(x, "b n (t c) h w -> b (n t) c h w", t=chunk)
+def round_up(n, unit):
+    """The smallest multiple of `unit` that is at least n."""
+    return -(-n // unit) * unit
 
-class Folder:
-    """Random clips of T frames from files in a folder; every file once in each round of len(files) indices."""
-    def __getitem__(self, index):
-        round_, place = divmod(index, len(self.files))
-        order = np.random.default_rng([self.seed, round_]).permutation(len(self.files))
-        for number in map(int, np.roll(order, -place)):  # a file that turns out bad is replaced by the next
-            if self.broken[number]:
-                continue
-            try:
-                video, c = self.load(number)
-                start = np.random.default_rng([self.seed, round_, place, 1]).integers(len(video) - self.frames + 1)
-                return self.tensor(video[start:start + self.frames]), c
-            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                self.broken[number] = True
-                skip(self.files[number], error)
-        raise ValueError("none of the files can be read any more")
 
-    def keep(self, folder, lengths, bad=0):
-        """Of the files {path: frames} those that are long enough. Raises ValueError if none is."""
-        self.files = [path for path, length in lengths.items() if length >= self.frames]
-        self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # known to all worker processes
-        if not self.files:
-            raise ValueError(f"no clip in {folder} has {self.frames} frames: of {len(lengths)} the longest has "
-                             f"{max(lengths.values(), default=0)}, and {bad} cannot be read")
-        if len(self.files) < len(lengths):
-            short = len(lengths) - len(self.files)
-            print(f"warning: skipping {short} of {len(lengths)} clips, of fewer than {self.frames} frames")
+def one_line(error):
+    """The message of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
-class Videos(Folder):
-    """Any files that ffmpeg reads, with an optional caption in name.txt beside name.mp4.
-    Decoded where the item is asked for, that is in the loader's processes; each keeps up to `memory` bytes of decoded
-    clips. A file that cannot be read is named once in a warning and skipped; clips too short are counted and skipped."""
-    channels, tensor = 3, staticmethod(to_float)
 
-    def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, memory=2 ** 30):
-        self.size, self.frames, self.rate, self.stride, self.seed, self.memory = size, frames, fps, stride, seed, memory
-        lengths, rates, captions, bad = {}, {}, {}, 0
-        for path in tqdm(files_in(folder, "videos"), "looking at videos", leave=False, disable=None):
-            try:
-                captions[path] = caption_of(path)
-                next(read_frames(path, size))
-                meta, shape = iio.immeta(path, plugin="pyav"), iio.improps(path, plugin="pyav").shape
-                length = int(meta["duration"] * fps + 1e-3) if fps else shape[0] or round(meta["duration"] * meta["fps"])
-                lengths[path], rates[path] = -(-length // stride), (fps or meta["fps"]) / stride
-            except Exception as error:
-                skip(path, error)
-                bad += 1
-        self.keep(folder, lengths, bad)
-        self.fps = float(np.median([*rates.values()]))
-        self.captions = [captions[path] for path in self.files]
-        said = [split_words(caption) for caption in self.captions]
-        self.words = Words(sorted(set(chain(*said))), max([1, *map(len, said)]))
-        self.text_dim, self.decoded = self.words.text_dim, {}
+def skipped(path, error):
+    reason = one_line(error)
+    return f"skipped: {reason if str(path) in reason else f'{path} ({reason})'}"
 
-    def load(self, number):
-        """(all frames (T, size, size, 3) uint8, c) of a file. Raises ValueError if it cannot be decoded."""
-        if number not in self.decoded:
-            clip = np.stack(list(read_frames(self.files[number], self.size, self.rate, self.stride)))
-            if len(clip) < self.frames:
-                raise ValueError(f"only {len(clip)} frames can be decoded")
-            if sum(z.nbytes for z in self.decoded.values()) + clip.nbytes > self.memory:
-                self.decoded.clear()
-            self.decoded[number] = clip
-        return self.decoded[number], self.words(self.captions[number])
 
-class Latents(Folder):
-    """One .npz per video: `latents` (T, C, height, width) and perhaps `text` (L, text_dim), read when asked for. One that
-    cannot be read is named once in a warning and skipped; so is one that holds what is no number."""
-    words, fps, tensor = None, 4, staticmethod(torch.from_numpy)
+def warn(message):
+    """Print a warning that every process would print, in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}")
 
-    def __init__(self, folder, frames, seed=0):
-        self.frames, self.seed = frames, seed
-        shapes = {path: self.shapes(path) for path in files_in(folder, "latents")}
-        first, (latents, text) = next(iter(shapes.items()))
-        for path, (others, words) in shapes.items():
-            if (others[1:], words[1]) != (latents[1:], text[1]):
-                raise ValueError(f"{path} holds latents {others} with text {words}, but {first} {latents} with {text}; "
-                                 "all files of a folder need the same channels, size and text width")
-        self.keep(folder, {path: others[0] for path, (others, _) in shapes.items()})
-        self.channels, self.size, self.text_dim = latents[1], latents[2:], text[1]
-        self.rows = max(words[0] for _, words in shapes.values())
 
-    @staticmethod
-    def shapes(path):
-        """The shapes of latents and text (1, 1 if there is none), from the headers alone."""
-        found = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for key in archive.namelist():
-                    with archive.open(key) as file:
-                        np.lib.format.read_magic(file)
-                        found[key.removesuffix(".npy")] = np.lib.format.read_array_header_1_0(file)[0]
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
-            raise ValueError(f"{path} is not a readable .npz file ({one_line(error)})") from None
-        shapes = found.get("latents", ()), found.get("text", (1, 1))
-        if list(map(len, shapes)) != [4, 2]:
-            raise ValueError(f"{path} holds {found}; wanted `latents` (T, C, height, width) and perhaps `text` (L, text_dim)")
-        return shapes
+def parse_size(text):
+    """An argparse type: 64 -> 64, for squares; 480x832 -> (480, 832), height and width."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    pixels = [int(side) for side in found.groups() if side] if found else [0]
+    if min(pixels) == 0:
+        raise argparse.ArgumentTypeError(
+            f"got {text}, wanted pixels: one number for squares, or HEIGHTxWIDTH such as 480x832"
+        )
+    if max(pixels) > MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted at most {MAX_SIDE} pixels a side")
+    return pixels[0] if len(pixels) == 1 else tuple(pixels)
 
-    def load(self, number):
-        """(latents (T, C, height, width), c) of a file. Raises ValueError if they are no finite numbers."""
-        with np.load(self.files[number]) as file:
-            latents, text = (np.float32(file[key] if key in file else np.zeros((1, 1))) for key in ("latents", "text"))
-        if not (np.isfinite(latents).all() and np.isfinite(text).all()):
-            raise ValueError("it holds values that are no finite numbers")
-        return latents, F.pad(torch.from_numpy(text), (0, 0, 0, self.rows - len(text)))
 
 class Wan:
-    """Wan 2.1's VAE and text encoder from a diffusers folder, an optional extra: videos and prompts to what the network
-    reads, and back. Raises ValueError where a part is missing."""
-    NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
-                "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
-                "三条腿，背景人很多，倒着走")
+    """Wan 2.1's VAE and text encoder, from a diffusers folder: an optional extra.
+
+    Raises ValueError if a package or the folder is missing.
+    """
+
+    NEGATIVE = (
+        "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+        "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+        "三条腿，背景人很多，倒着走"
+    )
 
     def __init__(self, path, device="cpu"):
         try:
             import ftfy  # noqa: F401, the pipeline cleans prompts with it
             from diffusers import WanPipeline
         except ImportError as error:
-            raise ValueError(f"--wan needs `pip install diffusers transformers ftfy` ({one_line(error)})") from None
+            raise ValueError(
+                f"--wan needs `pip install diffusers transformers ftfy` ({one_line(error)})"
+            ) from None
         if not Path(path, "model_index.json").is_file():
-            raise ValueError(f"--wan {path} holds no model_index.json; give a diffusers folder of Wan 2.1, for instance "
-                             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+            raise ValueError(
+                f"--wan {path} holds no model_index.json; give a diffusers folder of Wan 2.1, "
+                "for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            )
+
         types = {"text_encoder": torch.bfloat16, "default": torch.float32}
-        self.pipe, self.device = WanPipeline.from_pretrained(path, transformer=None, torch_dtype=types).to(device), device
-        self.mean, self.std = (torch.tensor(z, device=device).view(-1, 1, 1, 1)
-                               for z in (self.pipe.vae.config.latents_mean, self.pipe.vae.config.latents_std))
+        pipe = WanPipeline.from_pretrained(path, transformer=None, torch_dtype=types)
+        self.pipe = pipe.to(device)
+        self.device = device
+        config = self.pipe.vae.config
+        self.mean = torch.tensor(config.latents_mean, device=device).view(-1, 1, 1, 1)
+        self.std = torch.tensor(config.latents_std, device=device).view(-1, 1, 1, 1)
 
     @torch.no_grad()
     def text(self, prompts):
-        """Prompts -> c (B, 512, text_dim); rows past a prompt's end are zero."""
-        return self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)[0].float()
+        """Encode prompts: c (B, 512, text_dim); rows past the end of a prompt are zero."""
+        embeds, _ = self.pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=512
+        )
+        return embeds.float()
 
     @torch.no_grad()
     def encode(self, video):
-        """(B, 4 n - 3, 3, height, width) in [-1, 1] -> normalised latents (B, n, 16, height / 8, width / 8)."""
-        latents = self.pipe.vae.encode(video.transpose(1, 2).to(self.device)).latent_dist.mode()
+        """Encode pixels to normalised latents.
+
+        (B, 4 n - 3, 3, height, width) in [-1, 1] -> (B, n, 16, height / 8, width / 8).
+        """
+        video = video.transpose(1, 2).to(self.device)
+        latents = self.pipe.vae.encode(video).latent_dist.mode()
         return ((latents - self.mean) / self.std).transpose(1, 2)
 
     def decoder(self):
-        """A function from latents (B, n, 16, h, w) to the pixels that they add to those of its earlier calls: one frame
-        for the very first latent, four for each later one. It holds the VAE's causal cache and no video."""
-        held = [None] * sum(type(module).__name__ == "WanCausalConv3d" for module in self.pipe.vae.decoder.modules())
+        """A function that decodes a stream of latents, call by call.
+
+        It maps latents (B, n, 16, h, w) to the frames they add to those of earlier calls: one for
+        the first latent, four for each later one. It holds the VAE's causal cache and no video.
+        """
+        vae = self.pipe.vae
+        layers = [m for m in vae.decoder.modules() if type(m).__name__ == "WanCausalConv3d"]
+        cache = [None] * len(layers)
 
         @torch.no_grad()
         def decode(latents):
-            z = self.pipe.vae.post_quant_conv(latents.to(self.device).transpose(1, 2) * self.std + self.mean)
-            made = (self.pipe.vae.decoder(frame, held, [0], first_chunk=held[0] is None) for frame in z.split(1, 2))
-            return torch.cat([*made], dim=2).clamp(-1, 1).transpose(1, 2).cpu()
+            latents = latents.to(self.device).transpose(1, 2) * self.std + self.mean
+            z = vae.post_quant_conv(latents)
+
+            frames = []
+            for latent in z.split(1, dim=2):
+                is_first = cache[0] is None
+                frames.append(vae.decoder(latent, cache, [0], first_chunk=is_first))
+            return torch.cat(frames, dim=2).clamp(-1, 1).transpose(1, 2).cpu()
+
         return decode
 
+
 def encode_video(wan, path, out, size, frames, fps):
-    """Every clip of `frames` frames to out-NUMBER.npz, its latents and its caption's text; finished ones are kept."""
-    caption, reader, number = caption_of(path), read_frames(path, size, fps), 0
+    """Encode each clip of `frames` frames to out-NUMBER.npz: latents, and its caption's text.
+
+    Finished files are kept. Raises ValueError if the video is too short, or if a finished file is
+    of another size.
+    """
+    caption = read_caption(path)
+    reader = read_frames(path, size, fps)
+    number = 0
     while len(clip := list(islice(reader, frames))) == frames:
         target = out.with_name(f"{out.name}-{number:04d}.npz")
         if target.exists():
-            T, _, *sides = Latents.shapes(target)[0]
-            if [4 * T - 3, *(8 * side for side in sides)] != [frames, *np.broadcast_to(size, 2)]:
-                raise ValueError(f"{target} is there already, of another --frames or --size; wanted another folder for these")
+            check_finished(target, size, frames)
         else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            latents, text = wan.encode(to_float(np.stack(clip))[None]), wan.text([caption])
-            with open(target.with_suffix(".part"), "wb") as file:
-                np.savez(file, latents=latents[0].half().cpu(), text=text[0].half().cpu())
-            target.with_suffix(".part").replace(target)
+            latents = wan.encode(to_float(np.stack(clip))[None])
+            text = wan.text([caption])
+            save_arrays(target, latents=latents[0].half().cpu(), text=text[0].half().cpu())
         number += 1
     if number == 0:
         raise ValueError(f"{path} has {len(clip)} frames; wanted at least --frames {frames}")
 
+
+def check_finished(path, size, frames):
+    """Raise ValueError if a file holds latents of other frames or of another size."""
+    (T, _, height, width), _ = latent_shapes(path)
+    if (4 * T - 3, (8 * height, 8 * width)) != (frames, sides(size)):
+        raise ValueError(
+            f"{path} is there already, of another --frames or --size; "
+            "wanted another folder for these"
+        )
+
+
+def save_arrays(path, **arrays):
+    """Write a .npz file that gets its name when it is complete."""
+    part = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "wb") as file:
+        np.savez(file, **arrays)
+    part.replace(path)
+
+
 def encode_folder(args):
-    """`encode_video` for a folder. A second call goes on after a kill; under torchrun the files are shared out."""
-    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    files = files_in(args.videos, "videos")[int(os.environ.get("RANK", 0))::world]
-    wan, bad = Wan(args.wan, f"cuda:{rank}" if args.device == "cuda" else args.device), 0
+    """Encode a folder of videos with `encode_video`.
+
+    A second call goes on after a kill. Under torchrun the files are divided among the processes.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    files = list_files(args.videos, "videos")[rank::world_size]
+    wan = Wan(args.wan, f"cuda:{local_rank}" if args.device == "cuda" else args.device)
+
+    bad = 0
     for path in tqdm(files, "videos"):
+        out = args.out / path.relative_to(args.videos)
         try:
-            encode_video(wan, path, args.out / path.relative_to(args.videos), args.size, args.frames, args.fps)
+            encode_video(wan, path, out, args.size, args.frames, args.fps)
         except ValueError as error:
             bad += 1
-            skip(path, error)
+            print(f"warning: {skipped(path, error)}")
     if files and bad == len(files):
         raise ValueError(f"none of the {bad} videos of {args.videos} could be encoded")
 
-def open_data(args, split="train"):
-    """The dataset that `--data` names: "sprites", a folder of latents (it holds .npz files) or a folder of videos."""
-    if args.data == "sprites":
-        if isinstance(args.size, tuple):
-            raise ValueError(f"--size {args.size[0]}x{args.size[1]}: the world of the sprites is square; one number would work")
-        return Sprites(args.size, args.frames, args.seed, split, args.objects, args.wall, args.withheld)
-    if any(path.suffix == ".npz" for path in walk(args.data)):
-        return Latents(args.data, args.frames, args.seed)
-    return Videos(args.data, args.size, args.frames, args.fps, args.stride, args.seed)
 
-def enlarge(frames, height=128):
-    """(..., height, width, 3) uint8, each pixel a square of them, so that a person can see what 16 x 16 holds."""
-    times = max(1, round(height / frames.shape[-3]))
-    return frames.repeat(times, -3).repeat(times, -2)
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError, which `main` prints on one line."""
 
-@contextmanager
-def writer(path, fps=8.0):
-    """A function that appends frames (T, 3, height, width) in [-1, 1], or pictures of them (T, height, width, 3) uint8, to
-    a video: `with writer("out.mp4", 8) as out: out(frames)`. An .mp4 grows frame by frame; a .gif is put together at the
-    end, since its frames share their colours. Either takes its name when it is whole. Raises ValueError for other endings."""
-    path, pictures = Path(path), []
-    if path.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"{path}: videos are written as .mp4 or .gif")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name("." + path.name)
-    try:
-        if path.suffix == ".gif":
-            yield lambda video: pictures.extend(as_pictures(video))
-            iio.imwrite(part, np.stack(pictures), plugin="pillow", duration=1000 / fps, loop=0)
-        else:
-            with iio.imopen(part, "w", plugin="pyav", extension=".mp4") as file:
-                file.init_video_stream("libx264", fps=fps)
-                yield lambda video: [file.write_frame(z[:len(z) // 2 * 2, :z.shape[1] // 2 * 2]) for z in as_pictures(video)]
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    def error(self, message):
+        raise ValueError(message)
 
-def as_pictures(video):
-    return enlarge(to_bytes(video)) if torch.is_tensor(video) else video
-
-def film(rows, columns=12, labels=(), height=64):
-    """Labelled videos (T, 3, height, width) under one another, time from left to right, as a picture (H, W, 3) uint8."""
-    strips = []
-    for video, label in zip_longest(rows, labels, fillvalue=""):
-        chosen = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
-        frames = enlarge(to_bytes(video[chosen]), height)
-        strip = rearrange(np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255), "t h w c -> h (t w) c")
-        strips.append(np.concatenate([write(label, len(strip)), strip], axis=1) if any(labels) else strip)
-    return np.concatenate(strips)
-
-def write(text, height, width=96):
-    """Black words on white, one under another, as a picture (height, width, 3) uint8."""
-    page = Image.new("RGB", (width, height), "white")
-    lines = "\n".join(textwrap.wrap(text, width // 7))
-    ImageDraw.Draw(page).multiline_text((4, height / 2), lines, "black", anchor="lm")
-    return np.asarray(page)
 
 def parse(argv):
-    parser = Parser("Turn a folder of videos into latents for train.py --data, with Wan 2.1's VAE and text encoder.")
-    parser.add_argument("command", choices=["encode"])
-    parser.add_argument("videos", type=Path, help="a folder of videos; name.txt beside name.mp4 is its caption")
-    parser.add_argument("out", type=Path, help="a folder for the .npz files")
-    parser.add("--wan", None, "a diffusers folder of Wan 2.1: its VAE and text encoder", type=Path, required=True)
-    parser.add("--size", (480, 832), "height and width in pixels, multiples of 16 (default 480x832)", type=pixels)
-    parser.add("--frames", 81, "length of a clip in frames, 4 n - 3 for n latents", type=positive)
-    parser.add("--fps", 16.0, "read videos at this rate", type=plus)
-    parser.add("--device", DEVICES[-1], "where to run", choices=DEVICES)
-    args = parser.parse_args(argv)
-    if any(side % 16 for side in np.atleast_1d(args.size)):
-        raise ValueError(f"--size {args.size}: Wan's height and width are multiples of 16, for instance 480x832")
-    if args.frames % 4 != 1:
-        raise ValueError(f"--frames {args.frames}: 4 n - 3 frames make n latents; {args.frames // 4 * 4 + 1} would work")
+    parser = OneLineParser(
+        description="Turn a folder of videos into latents for train.py --data, "
+        "with Wan 2.1's VAE and text encoder."
+    )
+    add = parser.add_argument
+    add("command", choices=["encode"])
+    add("videos", type=Path, help="a folder of videos; name.txt beside name.mp4 is its caption")
+    add("out", type=Path, help="a folder for the .npz files")
+    add("--wan", type=Path, required=True, help="a diffusers folder of Wan 2.1")
+    add(
+        "--size",
+        type=parse_size,
+        default=(480, 832),
+        help="height and width in pixels, multiples of 16 (default 480x832)",
+    )
+    add(
+        "--frames",
+        type=int,
+        default=81,
+        help="frames of a clip, 4 n - 3 for n latents (default 81)",
+    )
+    add("--fps", type=float, default=16.0, help="read videos at this rate (default 16)")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to run, for instance cpu or cuda (default: cuda where there is one)",
+    )
+    return check(parser.parse_args(argv))
+
+
+def check(args):
+    """Raise ValueError if the flags cannot work."""
+    height, width = sides(args.size)
+    if height % 16 or width % 16:
+        raise ValueError(
+            f"--size {height}x{width}: Wan's height and width are multiples of 16; "
+            f"{round_up(height, 16)}x{round_up(width, 16)} would work"
+        )
+    if args.frames < 1 or args.frames % 4 != 1:
+        raise ValueError(
+            f"--frames {args.frames}: 4 n - 3 frames make n latents; "
+            f"{max(1, args.frames // 4 * 4 + 1)} would work"
+        )
+    if not 0 < args.fps <= 1000:
+        raise ValueError(f"--fps {args.fps}: wanted a rate above 0 and at most 1000")
     return args
 
+
+def main(argv):
+    """Run a command. Returns the exit status; a wrong input is one line on stderr.
+
+    Under torchrun only the first process prints, and the status is 0: torchrun answers any other
+    with a traceback.
+    """
+    under_torchrun = "RANK" in os.environ
+    try:
+        encode_folder(parse(argv))
+        return 0
+    except (ValueError, OSError) as error:
+        message, status = one_line(error), 0 if under_torchrun else 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    if os.environ.get("RANK", "0") == "0":
+        print(f"data.py: {message}", file=sys.stderr)
+    return status
+
+
 if __name__ == "__main__":
-    Parser(__doc__).guard(lambda: encode_folder(parse(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

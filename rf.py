@@ -1,109 +1,169 @@
-"""Resampling Forcing (arXiv 2512.15702): teach a video model to continue its own, imperfect frames.
+"""Resampling Forcing (arXiv 2512.15702): train a video model to continue its own, imperfect frames.
 
-Time runs one way: t = 0 is a clean frame, t = 1 is noise, and the network returns the velocity v = eps - x.
-Everything here needs one call, `v = model(x, t, c, history, cache, first)`, and `model.cache(batch, frames)`:
-the noisy frames x, numbered from `first`, see their history; a cache remembers the frames that came before.
-Teacher forcing, self-resampling and generation are one function, `rollout`, begun at t = 0, at t_s and at t = 1.
+Time runs one way: t = 0 is a clean frame, t = 1 is noise, and the network predicts the velocity
+v = eps - x. Everything here needs one call, `v = model(x, t, c, history, cache, first)`, and
+`model.cache(batch, frames)`: the noisy frames x, numbered from `first`, attend to their history;
+a cache holds the frames before it. Teacher forcing, self-resampling and generation are one
+function, `rollout`, started at t = 0, at t_s and at t = 1.
 
-B videos, N frames (a frame may be a chunk of latent frames, folded into its channels), C channels, L words.
+B videos, N noisy frames, M history frames, C channels, L words. A frame may be a chunk of latent
+frames folded into its channels. Frames are (B, N, C, height, width), conditions c (B, L, text_dim).
+Functions that draw take `rng`: torch, or any object with its `rand` and `randn`.
 """
+
 from itertools import pairwise
 
 import torch
-from torch import rand, randn, randn_like  # every draw of this file
+
 
 def add_noise(x, eps, t):
-    """Eq. (3): x_t = (1 - t) x + t eps. x, eps (B, N, C, height, width); t (B, N) or (B, 1) in [0, 1]."""
+    """Eq. (3): x_t = (1 - t) x + t eps. x, eps (B, N, C, height, width); t (B, N) in [0, 1]."""
     t = t[..., None, None, None]
     return (1 - t) * x + t * eps
 
+
 def shift(t, s):
-    """Eq. (7): s < 1 leans toward clean frames, s > 1 toward noise; 0 and 1 stay where they are."""
+    """Eq. (7): move t in [0, 1] toward clean frames (s < 1) or noise (s > 1); 0 and 1 stay."""
     return s * t / (1 + (s - 1) * t)
 
-def logit_normal(*shape, device=None):
-    """Eq. (6): t in (0, 1) whose logit is a standard normal; its median is 1/2."""
-    return randn(*shape, device=device).sigmoid()
 
-def flow_matching_loss(model, x, c, history, time_shift=1.0):
-    """Eq. (4): the mean squared error of v to eps - x, every frame at a noise level of its own.
-    x (B, N, C, height, width) clean frames; c (B, L, text_dim); history (B, N - 1, C, height, width): what the
-    frames see of their past, clean or resampled. The target is the clean x whatever the history is."""
-    t = shift(logit_normal(*x.shape[:2], device=x.device), time_shift).to(x.dtype)
-    eps = randn_like(x)
+def logit_normal(*shape, device=None, rng=torch):
+    """Eq. (6): draw t in (0, 1) with logit(t) ~ N(0, 1); its median is 1/2."""
+    return rng.randn(*shape, device=device).sigmoid()
+
+
+def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch):
+    """Eq. (4): the mean squared error of v to eps - x, with one noise level per frame.
+
+    x (B, N, C, height, width): clean frames. history (B, N - 1, C, height, width): the frames that
+    x attends to, clean or resampled. The target is the clean x, whatever the history is.
+    """
+    t = shift(logit_normal(*x.shape[:2], device=x.device, rng=rng), time_shift).to(x.dtype)
+    eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
+
     v = model(add_noise(x, eps, t), t, c, history)
     return (v - (eps - x)).square().mean()
 
+
 def solve(model, x, t, c, steps, time_shift, history, cache, first):
-    """Eq. (2)'s integral by Euler steps: the frames x (B, N, ...), all at noise level t (B,), finished together.
-    The history enters the cache in the first step's pass; the later steps find it there."""
-    times = t[:, None] * shift(torch.linspace(1, 0, steps + 1, device=t.device, dtype=t.dtype), time_shift)
+    """The integral of Eq. (2) by Euler steps, for all frames of x (B, N, ...) at once.
+
+    x is at noise level t (B,). The first step's pass writes the history into the cache; later
+    steps read it from there.
+    """
+    grid = torch.linspace(1, 0, steps + 1, device=t.device, dtype=t.dtype)
+    times = t[:, None] * shift(grid, time_shift)  # (B, steps + 1)
+
     for now, after in pairwise(times.unbind(1)):
         v = model(x, now[:, None].expand(x.shape[:2]), c, history, cache, first)
         x = x + (after - now)[:, None, None, None, None] * v
         history = None
     return x
 
+
 @torch.no_grad()
 def rollout(model, x, t, c, steps=1, time_shift=1.0, history=None, cache=None):
-    """Eqs. (2) and (5): finish the frames of x one after another, each on the frames just finished.
-    x (B, N, C, height, width) already at noise level t (B,); c (B, L, text_dim); history (B, M, ...): given
-    frames that come before x; cache: an empty one from `model.cache`, made here if None. Euler from t to 0 on
-    t · shift(linspace(1, 0, steps + 1), time_shift). Yields each frame (B, 1, C, height, width) when it is done."""
+    """Eqs. (2), (5): denoise the frames of x one after another, each on the frames just finished.
+
+    x (B, N, C, height, width) is at noise level t (B,). history (B, M, C, height, width): given
+    frames before x. cache: an empty one from `model.cache`; None makes one. Integrates from t to 0
+    on the times t * shift(linspace(1, 0, steps + 1), time_shift). Yields each finished frame
+    (B, 1, C, height, width) at once.
+    """
     given = 0 if history is None else history.shape[1]
     if cache is None:
         cache = model.cache(x.shape[0], given + x.shape[1])
+
     for i in range(x.shape[1]):
         frame = solve(model, x[:, [i]], t, c, steps, time_shift, history, cache, first=given + i)
         yield frame
         history = frame
 
-def noise_to(x, s):
-    """Algorithm 1, lines 2-3: one t_s per video, Eqs. (6) and (7), and x noised to it. Returns (x_ts, t_s)."""
-    t_s = shift(logit_normal(x.shape[0], device=x.device), s).to(x.dtype)
-    return add_noise(x, randn_like(x), t_s[:, None]), t_s
+
+def noise_to_t_s(x, s, rng=torch):
+    """Algorithm 1, lines 2-3: draw one t_s per video, Eqs. (6), (7), and noise x to it, Eq. (3).
+
+    Returns x_ts shaped like x, and t_s (B,).
+    """
+    t_s = shift(logit_normal(x.shape[0], device=x.device, rng=rng), s).to(x.dtype)
+    eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
+    return add_noise(x, eps, t_s[:, None]), t_s
+
 
 @torch.no_grad()
-def self_resample(model, x, c, s=0.6, steps=1):
-    """Algorithm 1, lines 2-9, Eq. (5): the history redrawn with the model's own mistakes. No gradient.
-    x (B, N, C, height, width) clean frames -> x̃ shaped like x. Training gives it x[:, :-1]: the last frame is
-    nobody's history."""
-    x_ts, t_s = noise_to(x, s)
-    return torch.cat([x[:, :0], *rollout(model, x_ts, t_s, c, steps)], dim=1)
+def self_resample(model, x, c, s=0.6, steps=1, rng=torch):
+    """Algorithm 1, lines 2-9, Eq. (5): redraw frames with the model's own mistakes, no gradient.
 
-def teacher_history(model, x, c, s, steps, noise):
-    """Teacher forcing: the history is the truth."""
+    x (B, N, C, height, width): clean frames. Returns x̃ shaped like x, after one forward per frame
+    and Euler step. Training passes x[:, :-1], since the last frame is nobody's history.
+    """
+    x_ts, t_s = noise_to_t_s(x, s, rng)
+    frames = rollout(model, x_ts, t_s, c, steps)
+    return torch.cat([x[:, :0], *frames], dim=1)
+
+
+# The rows of Table 2: functions of one signature that return a history shaped like x.
+
+
+def teacher_history(model, x, c, s, steps, noise, rng=torch):
+    """Teacher forcing: the history is the ground truth."""
     return x
 
-def noise_history(model, x, c, s, steps, noise):
-    """Table 2, "noise": Gaussian noise on every history frame, its level uniform in [0, noise]."""
-    return add_noise(x, randn_like(x), noise * rand(x.shape[:2], device=x.device).to(x.dtype))
+
+def noise_history(model, x, c, s, steps, noise, rng=torch):
+    """Table 2, "noise": add noise to each history frame, at a level uniform in [0, noise]."""
+    eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
+    t = noise * rng.rand(*x.shape[:2], device=x.device).to(x.dtype)
+    return add_noise(x, eps, t)
+
 
 @torch.no_grad()
-def parallel_history(model, x, c, s, steps, noise):
-    """Table 2, "parallel": every frame resampled at once on the true history, so that errors never compound."""
-    x_ts, t_s = noise_to(x, s)
-    return solve(model, x_ts, t_s, c, steps, 1.0, x[:, :-1], model.cache(*x.shape[:2]), first=0)
+def parallel_history(model, x, c, s, steps, noise, rng=torch):
+    """Table 2, "parallel": resample all frames at once on the true history; no error compounds."""
+    x_ts, t_s = noise_to_t_s(x, s, rng)
+    cache = model.cache(*x.shape[:2])
+    return solve(model, x_ts, t_s, c, steps, 1.0, x[:, :-1], cache, first=0)
 
-def resample_history(model, x, c, s, steps, noise):
-    """Resampling Forcing: errors compound as they will in generation."""
-    return self_resample(model, x, c, s, steps)
 
-HISTORY = {"teacher": teacher_history, "noise": noise_history, "parallel": parallel_history, "resample": resample_history}
+def resample_history(model, x, c, s, steps, noise, rng=torch):
+    """Resampling Forcing: resample frame after frame; errors compound as in generation."""
+    return self_resample(model, x, c, s, steps, rng)
+
+
+HISTORY = {
+    "teacher": teacher_history,
+    "noise": noise_history,
+    "parallel": parallel_history,
+    "resample": resample_history,
+}
+
 
 class Guided:
-    """Classifier-free guidance under the model's own contract; both branches ride in one batch.
-    null (L, text_dim) or (1, L, text_dim): what the unconditional branch is told (zeros, or a negative prompt).
-    scale 1 is the model itself, more follows c more closely: v = v_null + scale (v_c - v_null)."""
+    """Classifier-free guidance under the model's own contract, both branches in one batch.
+
+    v = v_c + (scale - 1) (v_c - v_null): scale 1 is the model itself, more follows c more closely.
+    null (L, text_dim) or (1, L, text_dim): condition of the unconditional branch, for instance
+    zeros or a negative prompt.
+    """
+
     def __init__(self, model, null, scale):
-        self.model, self.null, self.scale, self.both = model, null, scale, None
+        self.model = model
+        self.null = null
+        self.scale = scale
+        self.c = self.both = None
 
     def cache(self, batch, frames, **options):
         return self.model.cache(2 * batch, frames, **options)
 
-    def __call__(self, x, t, c, history=None, cache=None, first=0):
-        if self.both is None or self.both[0] is not c:  # the same tensor for the same c: its keys are then made once
-            self.both = c, torch.cat([c, self.null.expand_as(c)])
-        x, t, history = (None if z is None else torch.cat([z, z]) for z in (x, t, history))
-        v, v_null = self.model(x, t, self.both[1], history, cache, first).chunk(2)
-        return torch.lerp(v_null, v, self.scale)
+    def __call__(self, x, t, c, history=None, cache=None, first=0, history_t=None):
+        if self.c is not c:  # the same tensor for the same c: a cache reuses the text's keys
+            self.c, self.both = c, torch.cat([c, self.null.expand_as(c)])
+
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+        if history is not None:
+            history = torch.cat([history, history])
+        levels = {} if history_t is None else {"history_t": torch.cat([history_t, history_t])}
+
+        v = self.model(x, t, self.both, history, cache, first, **levels)
+        v_c, v_null = v.chunk(2)
+        return v_c + (self.scale - 1) * (v_c - v_null)

@@ -1,310 +1,1191 @@
-"""Make videos with a trained model, frame after frame, as long as you like.
+"""Generate videos of any length with a trained model, frame after frame.
 
   python sample.py "red circle and blue square" --checkpoint runs/001
   python sample.py "red circle and blue square" --given clip.mp4 --frames 100 --window 11
   python sample.py "red circle" --then 24 "white square"
-  python sample.py --eval --frames 48                     the ruler's table on held-out sprites
-  python sample.py --compare runs/a runs/b                the same for several models, under one another
-  python sample.py --table runs/a-0 runs/a-1 runs/b-0     the tables of earlier --eval, mean and error over seeds
-  python sample.py "red circle" --routing                 which history frames are looked at (Fig. 8)
+  python sample.py --eval --frames 48                     print metrics on held-out sprites
+  python sample.py --compare runs/a runs/b                evaluate several runs on the same clips
+  python sample.py --table runs/a-0 runs/a-1 runs/b-0     average earlier --eval over seeds
+  python sample.py "red circle" --routing                 show which frames are picked (Fig. 8)
 
 Frames are written as they are finished. Without --checkpoint, the latest run under runs/ is used.
+A video made with other settings is never replaced, unless --overwrite is given.
+
+B videos, T frames of a video, N noisy frames, M given frames, C channels, L words. A frame of the
+model may be a chunk of T frames folded into its channels.
 """
+
+import argparse
 import copy
 import json
+import os
 import re
 import sys
+import textwrap
 import time
-from contextlib import ExitStack
-from itertools import chain, pairwise
+from collections import deque
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise, zip_longest
 from pathlib import Path
-from unittest.mock import patch
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image, ImageDraw, ImageOps  # comes with imageio
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import routing
-from data import (DEVICES, Parser, Sprites, Wan, Words, amount, enlarge, film, fold, latest_run, measure, multiple, natural,
-                  plus, positive, read_video, ruler_table, seed, split_words, to_bytes, unfold, write, writer)
+from data import (
+    Sprites,
+    Wan,
+    Words,
+    enlarge,
+    fold,
+    measure,
+    one_line,
+    read_video,
+    round_up,
+    split_words,
+    to_bytes,
+    to_float,
+    unfold,
+    writer,
+)
 from model import load_checkpoint
 from rf import Guided, rollout
-from routing import pick
 
-def parse(argv):
-    parser = Parser(__doc__)
-    add = parser.add
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to show; none: nothing is said")
-    add("--checkpoint", None, "a run's folder, or its ckpt.pt (default: the latest under runs/)", type=Path)
-    add("--out", None, "a folder, or one .mp4 or .gif file (default: samples/ in the run's folder)", type=Path)
-    add("--frames", None, "length, given frames included (default: twice the training clips)", type=positive)
-    add("--steps", None, "Euler steps per frame (default: 4 for pixels, 32 for latents)", type=positive)
-    add("--time-shift", 5.0, "Eq. (7) on these steps: above 1, more of them at high noise", type=plus)
-    add("--guidance", None, "how much the prompt counts; 1: as it is (default: 2 for pixels, 5 for latents)", type=amount)
-    add("--given", None, "a video to continue", type=Path)
-    add("--given-frames", None, "how many of its frames to take (default: all)", type=positive)
-    add("--wan", None, "for a model of latents: a diffusers folder with Wan's VAE and text encoder", type=Path)
-    add("--negative", Wan.NEGATIVE, "with --wan: what guidance leads away from (default: Wan's own negative prompt)")
-    add("--then", [], "follow PROMPT from FRAME on; may be repeated", nargs=2, action="append", metavar=("FRAME", "PROMPT"))
-    add("--window", None, "history frames in sight, to stay cheap and familiar (default: as in training; 0: all)", type=natural)
-    add("--sink", 0, "how many of these are the first frames of all", type=natural)
-    add("--samples", 1, "videos per prompt", type=positive)
-    add("--seed", 0, "of the noise", type=seed)
-    add("--device", DEVICES[-1], "where to run", choices=DEVICES)
-    add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
-    add("--eval", False, "continue held-out sprites and print the ruler's table per third", action="store_true")
-    add("--videos", 64, "how many, for --eval", type=positive)
-    add("--true-history", False, "with --eval or --table: each frame continues the truth, no error adds up", action="store_true")
-    add("--compare", [], "--eval of several runs on the same clips, with a picture of all", type=Path, nargs="+", metavar="RUN")
-    add("--table", [], "print what --eval wrote; NAME-0, NAME-1 ... are seeds of NAME", type=Path, nargs="+", metavar="RUN")
-    add("--routing", False, "draw how often each history frame is picked (needs a model with --top-k)", action="store_true")
-    return parser.parse_args(argv)
 
-def settle(args, checkpoint, model):
-    """The flags for one of the runs, filled in with what it knows better than the command line; `settings`: those that
-    `generate` is told. Says what cannot be."""
-    args, run, chunk, pixels = copy.copy(args), model.run, model.config.chunk, model.run["words"] is not None
-    args.checkpoint = checkpoint
-    for name, value in (("frames", 2 * run["frames"]), ("steps", 4 if pixels else 32), ("guidance", 2.0 if pixels else 5.0),
-                        ("window", min(run["frames"] // chunk - 1, (model.config.window or run["frames"]) + 1))):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    measured, at = args.eval or args.compare, [at for at, _ in args.then]
-    for wrong, why in (
-            (args.frames % chunk, f"--frames {args.frames} is not divisible by {chunk}, the chunk; "
-                                  f"{multiple(args.frames, chunk)} would work"),
-            (measured and args.frames < 3 * chunk,
-             f"--frames {args.frames}: two of {chunk} are given; {3 * chunk} can be measured"),
-            (measured and (args.prompts or args.given or args.then or args.routing),
-             "--eval and --compare continue held-out clips by caption; leave out prompts, --given, --then and --routing"),
-            (args.window and args.sink >= args.window, f"--sink {args.sink} leaves no room in --window {args.window}"),
-            (args.routing and not model.config.top_k, "--routing needs a model that routes: train one with --top-k 5"),
-            (not (pixels or args.wan or measured), "this model makes latents: --wan PATH names their VAE and text encoder"),
-            (pixels and args.wan, "--wan: this model makes pixels itself, and needs no VAE"),
-            (not set(at) <= set(map(str, range(chunk, args.frames, chunk))),
-             f"--then {' '.join(at)}: wanted the number of a frame, below --frames {args.frames} and divisible by {chunk}")):
-        if wrong:
-            raise ValueError(why)
-    args.settings = dict(steps=args.steps, time_shift=args.time_shift, guidance=args.guidance, window=args.window or None,
-                         sink=args.sink, seed=args.seed)
-    return args
+def generate(
+    model,
+    texts,
+    given,
+    frames,
+    steps,
+    time_shift=1.0,
+    guidance=1.0,
+    window=None,
+    sink=0,
+    seed=0,
+    null=None,
+):
+    """Continue the given frames to `frames` in all; yield each new one (B, 1, C, height, width).
 
-def generate(model, texts, given, frames, steps, time_shift=1.0, guidance=1.0, window=None, sink=0, seed=0, null=None):
-    """Yields frames (B, 1, C, height, width) until there are `frames`; a change of text begins a new rollout on all there is.
-    texts: [(the frame at which it begins, c (B, L, text_dim))]; given (B, M, C, height, width): the frames to continue,
-    perhaps none; window, sink: as in `model.cache`; null (1, L, text_dim): what guidance leads away from (None: zeros)."""
-    noise, done = torch.Generator().manual_seed(seed), [given[:, [i]] for i in range(given.shape[1])]
-    for (_, c), end in zip(texts, [start for start, _ in texts[1:]] + [frames]):
-        if end <= len(done):
+    texts: [(first frame, c (B, L, text_dim))], in order of time. A new text begins a new rollout,
+    whose history is every frame so far. given (B, M, C, height, width): M may be 0. window, sink:
+    as in `model.cache`. null (1, L, text_dim): condition of guidance's unconditional branch (None:
+    zeros). The noise of a rollout is drawn at once, on the CPU: a seed names the same videos on
+    every device.
+    """
+    noise = torch.Generator().manual_seed(seed)
+    ends = [start for start, _ in texts[1:]] + [frames]
+    done = [given[:, [i]] for i in range(given.shape[1])]
+
+    for (_, c), end in zip(texts, ends):
+        if end <= len(done):  # the given frames cover this text
             continue
-        nothing = torch.zeros_like(c[:1]) if null is None else null
-        guided = model if guidance == 1 or not c.any() else Guided(model, nothing, guidance)
-        x = torch.randn(len(given), end - len(done), *given.shape[2:], generator=noise).to(given.device)
-        cache, t = guided.cache(len(given), end, window=window, sink=sink), torch.ones(len(given), device=given.device)
-        for frame in rollout(guided, x, t, c, steps, time_shift, torch.cat([given[:, :0], *done], dim=1), cache):
+
+        guided = model
+        if guidance != 1 and c.any():
+            guided = Guided(model, torch.zeros_like(c[:1]) if null is None else null, guidance)
+
+        x = torch.randn(len(given), end - len(done), *given.shape[2:], generator=noise)
+        x = x.to(given.device)
+        t = torch.ones(len(given), device=given.device)
+        history = torch.cat([given[:, :0], *done], dim=1)
+        cache = guided.cache(len(given), end, window=window, sink=sink)
+        for frame in rollout(guided, x, t, c, steps, time_shift, history, cache):
             done.append(frame)
             yield frame
 
-def extend(model, video, c, frames, given=2, **settings):
-    """The first `given` frames of video (B, T, C, height, width) and what the model makes of them: (B, frames, ...)."""
+
+def write_videos(args, model):
+    """Turn prompts into video files: sample a frame, decode it, write it, in one loop."""
+    chunk = model.config.chunk
+    wan = Wan(args.wan, args.device) if args.wan else None
+    null = wan.text([args.negative]).to(args.device) if wan else None
+    decode = wan.decoder() if wan else torch.Tensor.cpu
+    rate = 16 if wan else model.run["rate"]
+
+    prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
+    texts = encode_texts(args, model, prompts, wan)
+    given = read_given(args, model, wan).expand(len(prompts), -1, -1, -1, -1).to(args.device)
+    settings = video_settings(args)
+    *files, sheet = choose_files(args, video_paths(args, prompts), settings)
+
+    length = args.frames // chunk
+    frames = generate(model, texts, given, length, null=null, **sampler_settings(args))
+    shares = [deque(maxlen=args.steps) for _ in model.blocks]
+    thumbnails, sampling, decoding = [], [], []
+
+    with ExitStack() as stack:
+        outs = [stack.enter_context(writer(path, rate)) for path in files]
+        if args.routing:
+            stack.enter_context(record_routing(model, shares))
+        if given.shape[1]:
+            thumbnails.append(append_frames(outs, decode(unfold(given, chunk))))
+
+        for _ in tqdm(range(length - given.shape[1]), "frames", dynamic_ncols=True):
+            begin = time.perf_counter()
+            with autocast(args.device):
+                frame = unfold(next(frames), chunk).cpu()  # (B, chunk, C, height, width)
+            sampled = time.perf_counter()
+            video = decode(frame)  # (B, T, 3, height, width)
+            decoded = time.perf_counter()
+
+            thumbnails.append(append_frames(outs, video))
+            sampling.append(sampled - begin)
+            decoding.append(decoded - sampled)
+
+    iio.imwrite(sheet, contact_sheet(torch.cat(thumbnails, dim=1), 16, prompts))
+    record_settings([*files, sheet], settings)
+
+    new = sum(clip.shape[1] for clip in thumbnails[-len(sampling) :])
+    print_speed(args, f"{len(files)} x {new} new frames", len(files) * new, sampling, decoding)
+    print_files(files, prompts, sheet)
+    if args.routing:
+        show_routing(args, shares, length, settings)
+
+
+def append_frames(outs, video):
+    """Append frames (B, T, 3, height, width) to B files. Return their thumbnails for the sheet."""
+    for out, clip in zip(outs, video):
+        out(clip)
+    scale = max(1, video.shape[-2] // 64)
+    return F.avg_pool2d(video.flatten(0, 1), scale).unflatten(0, video.shape[:2])
+
+
+def encode_texts(args, model, prompts, wan):
+    """Encode the prompts and those of --then: [(first frame, c (B, L, text_dim))]."""
+    encoder = wan or Words(*model.run["words"])
+    texts = [(0, prompts)]
+    for at, prompt in sorted((int(at), prompt) for at, prompt in args.then):
+        texts.append((at, [prompt] * len(prompts)))
+    chunk = model.config.chunk
+    return [(at // chunk, encoder.text(several).to(args.device)) for at, several in texts]
+
+
+def read_given(args, model, wan):
+    """Read the frames of --given (1, M, chunk * C, height, width); without it, M is 0."""
+    run = model.run
+    chunk = model.config.chunk
+    height, width = run["height"], run["width"]
+    if args.given is None:
+        return torch.zeros(1, 0, chunk * model.config.channels, height, width)
+
+    if wan:
+        clip = read_clip(args.given, (8 * height, 8 * width), 16, 1, args.given_frames)
+    else:
+        size = (height, width)
+        clip = read_clip(args.given, size, run["fps"], run["stride"], args.given_frames)
+    if args.given_frames and len(clip) < args.given_frames:
+        print(f"--given-frames {args.given_frames}: {args.given} has {len(clip)}, so all are given")
+
+    clip = clip[None]  # (1, T, 3, height, width)
+    if wan:
+        whole = round_up(clip.shape[1], 4) - 3  # 4 n - 3 frames make n latents
+        clip = wan.encode(clip[:, :whole]).cpu()
+
+    T = clip.shape[1]
+    if not chunk <= T < args.frames:
+        raise ValueError(
+            f"--given {args.given} makes {T} frames; wanted {chunk} or more, and fewer than "
+            f"--frames {args.frames}; --given-frames takes some of them"
+        )
+    return fold(clip[:, : T // chunk * chunk], chunk)
+
+
+def continue_video(model, video, c, frames, given=2, **settings):
+    """Continue the first `given` frames of a video, on the CPU: (B, frames, C, height, width).
+
+    video (B, T, C, height, width), c (B, L, text_dim). `frames` counts the result's, single ones;
+    `given` counts the model's, that is chunks. settings: `generate`'s, such as steps and window.
+    """
     chunk = model.config.chunk
     x = fold(video, chunk)[:, :given]
-    new = frames // chunk - given
-    made = tqdm(generate(model, [(0, c)], x, frames // chunk, **settings), "rollout", new, leave=False, disable=new < 20)
+    length = frames // chunk
+    new = length - given
+    made = generate(model, [(0, c)], x, length, **settings)
+    made = tqdm(made, "rollout", new, leave=False, disable=new < 20)
     return unfold(torch.cat([x, *made], dim=1), chunk).cpu()
 
-def samples_of(run):
+
+def main(argv):
+    args = parse(argv)
+    check_flags(args)
+    if args.table:
+        print_tables(args)
+        return
+
+    runs = args.compare or [args.checkpoint or latest_run()]
+    models = [load_run(run).to(args.device) for run in runs]
+    filled = [fill_unset(args, run, model) for run, model in zip(runs, models)]
+    for own, model in zip(filled, models):
+        check(own, model)
+        if args.compile:
+            model.compile_blocks()
+
+    if args.eval or args.compare:
+        evaluate_runs(filled, models)
+    else:
+        write_videos(filled[0], models[0])
+
+
+# ---- machinery: flags and their checks, metrics, tables, file names, pictures, speed ----
+
+
+RUN_FLAGS = {  # those of a run that sampling reads, and their types
+    "data": str,
+    "frames": int,
+    "height": int,
+    "width": int,
+    "stride": int,
+    "rate": (int, float),
+    "fps": (int, float),
+}
+SPRITE_FLAGS = {"size": int, "objects": int, "wall": bool, "withheld": (int, float)}
+WORLD_FLAGS = ("data", "size", "objects", "wall")
+POSITIVE_FLAGS = ("frames", "height", "width", "stride", "rate", "size", "objects")
+
+LARGEST = 10**12
+MAX_VIDEOS = 256  # files that are written at once: each holds an encoder
+EVAL_BATCH = 16  # videos of --eval that are continued at once
+
+
+def bounded_int(low, high=LARGEST):
+    """Make an argparse type: a whole number from low to high."""
+
+    def read(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            wanted = f"wanted a whole number from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"got {text}, {wanted}")
+        return value
+
+    return read
+
+
+def bounded_float(low, high=LARGEST, open_low=False):
+    """Make an argparse type: a number from low to high; with open_low, low itself is refused."""
+
+    def read(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (open_low and value == low):
+            start = f"above {low:g} and at most" if open_low else f"from {low:g} to"
+            raise argparse.ArgumentTypeError(f"got {text}, wanted a number {start} {high:g}")
+        return value
+
+    return read
+
+
+positive_int = bounded_int(1)
+nonnegative_int = bounded_int(0)
+positive_float = bounded_float(0, open_low=True)
+nonnegative_float = bounded_float(0)
+fraction = bounded_float(0, 1)
+seed_int = bounded_int(0, 2**63 - 1)
+
+
+def list_devices():
+    """Name the devices that torch offers here, the preferred one last."""
+    names = ["cpu"]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    names += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():
+        names.append("cuda")
+    return names
+
+
+DEVICES = list_devices()
+
+
+def default_device():
+    """Name the device that is used without --device: cuda before mps before cpu."""
+    return DEVICES[-1]
+
+
+def stop(message, status):
+    """Print one line on stderr and exit.
+
+    Under torchrun only rank 0 prints, and the status is 0: torchrun answers any other status with a
+    traceback of its own and kills the other processes.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(0 if "RANK" in os.environ else status)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, see `stop`."""
+
+    def error(self, message):
+        stop(one_line(message), 2)
+
+
+def new_parser(doc):
+    """Make a parser whose -h opens with `doc` as it is, and whose errors are one line."""
+    return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_main(main, argv):
+    """Run main(argv); a refused input or Ctrl-C ends in one line without a traceback, see `stop`.
+
+    The exit status is 2 after ValueError and OSError, and 130 after Ctrl-C. Under torchrun it is 0,
+    in every process.
+    """
+    try:
+        return main(argv)
+    except (ValueError, OSError) as error:
+        stop(one_line(error), 2)
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
+
+
+def parse(argv):
+    """Parse the command line. Flags that depend on the run stay None, see `fill_unset`."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="text to show; without one, no text is given")
+    add(
+        "--checkpoint",
+        type=Path,
+        help="a run's folder, or its ckpt.pt (default: the latest under runs/)",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="a folder, or one .mp4 or .gif file (default: samples/ in the run's folder)",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="let --out FILE replace a video made with other settings",
+    )
+    add(
+        "--frames",
+        type=positive_int,
+        help="length, given frames included (default: twice the training clips)",
+    )
+    add(
+        "--steps",
+        type=bounded_int(1, 10_000),
+        help="Euler steps per frame, Eq. (2) (default: 4 for pixels, 32 for latents)",
+    )
+    add(
+        "--time-shift",
+        type=positive_float,
+        default=5.0,
+        help="s of Eq. (7) for these steps: above 1, more of them at high noise "
+        "(default: %(default)s)",
+    )
+    add(
+        "--guidance",
+        type=nonnegative_float,
+        help="classifier-free guidance: above 1, follow the prompt more closely; 1: off "
+        "(default: 2 for pixels, 5 for latents)",
+    )
+    add("--given", type=Path, help="a video, or a picture, to continue")
+    add(
+        "--given-frames",
+        type=positive_int,
+        help="take at most this many of its frames (default: all)",
+    )
+    add(
+        "--wan",
+        type=Path,
+        help="for a model of latents: a diffusers folder with Wan's VAE and text encoder",
+    )
+    add(
+        "--negative",
+        default=Wan.NEGATIVE,
+        help="with --wan: negative prompt of the guidance (default: Wan's own)",
+    )
+    add(
+        "--then",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FRAME", "PROMPT"),
+        help="switch to PROMPT at FRAME; may be repeated",
+    )
+    add(
+        "--window",
+        type=nonnegative_int,
+        help="attend to at most this many past frames, so that time and memory per frame stay "
+        "flat (default: as in training; 0: all)",
+    )
+    add(
+        "--sink",
+        type=nonnegative_int,
+        default=0,
+        help="of the window's frames, keep this many from the start of the video "
+        "(default: %(default)s)",
+    )
+    add(
+        "--samples",
+        type=positive_int,
+        default=1,
+        help="videos per prompt (default: %(default)s)",
+    )
+    add("--seed", type=seed_int, default=0, help="seed of the noise (default: %(default)s)")
+    add(
+        "--device",
+        choices=DEVICES,
+        default=default_device(),
+        help="where to run (default: %(default)s)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile each block: faster after a minute of compiling",
+    )
+    add(
+        "--eval",
+        action="store_true",
+        help="continue held-out sprites and print their metrics, by thirds of the video",
+    )
+    add(
+        "--videos",
+        type=positive_int,
+        default=64,
+        help="number of held-out videos for --eval (default: %(default)s)",
+    )
+    add(
+        "--true-history",
+        action="store_true",
+        help="with --eval or --table: predict each frame from the true past, so that errors do "
+        "not compound",
+    )
+    add(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="--eval of several runs on the same clips, with one picture of all",
+    )
+    add(
+        "--table",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="print what --eval saved; NAME-0, NAME-1 ... are seeds of NAME",
+    )
+    add(
+        "--routing",
+        action="store_true",
+        help="draw how often each history frame is picked, Fig. 8 (needs a model trained with "
+        "--top-k)",
+    )
+    return parser.parse_args(argv)
+
+
+def check_flags(args):
+    """Validate the flags against one another. Raises ValueError."""
+    measured = args.eval or args.compare
+    if measured and (args.prompts or args.given or args.then or args.routing):
+        raise ValueError(
+            "--eval and --compare continue held-out clips by caption; "
+            "leave out prompts, --given, --then and --routing"
+        )
+    if args.true_history and not (measured or args.table):
+        raise ValueError("--true-history works with --eval, --compare or --table; add one of them")
+    if args.given_frames and not args.given:
+        raise ValueError(f"--given-frames {args.given_frames} needs --given and a video")
+    count = max(1, len(args.prompts)) * args.samples
+    if count > MAX_VIDEOS:
+        raise ValueError(
+            f"--samples {args.samples}: {count} videos in all, but at most {MAX_VIDEOS} are "
+            "written at once; several calls with another --seed each would work"
+        )
+
+
+def load_run(path):
+    """Load a run's model and validate the flags that train.py saved with it. Raises ValueError."""
+    model = load_checkpoint(path)
+    run = model.run
+    wanted = RUN_FLAGS | (SPRITE_FLAGS if run.get("data") == "sprites" else {})
+    for flag, kind in wanted.items():
+        value = run.get(flag)
+        if not isinstance(value, kind) or (flag in POSITIVE_FLAGS and value <= 0):
+            shown = textwrap.shorten(repr(value), 60)
+            raise ValueError(f"{path} is no run of train.py: {shown} is its flag {flag}")
+    if not valid_words(run.get("words")):
+        shown = textwrap.shorten(repr(run.get("words")), 60)
+        raise ValueError(f"{path} is no run of train.py: {shown} is its vocabulary")
+    return model
+
+
+def valid_words(words):
+    """Whether a run's vocabulary is None, or [a list of words, a number of rows]."""
+    if words is None:
+        return True
+    if not isinstance(words, (list, tuple)) or len(words) != 2:
+        return False
+    vocabulary, rows = words
+    return (
+        isinstance(vocabulary, list)
+        and all(isinstance(word, str) for word in vocabulary)
+        and isinstance(rows, int)
+    )
+
+
+def fill_unset(args, run, model):
+    """Return a copy of the flags in which those left unset have the defaults of this run."""
+    args = copy.copy(args)
+    args.checkpoint = run
+    of_pixels = model.run["words"] is not None
+    trained = model.run["frames"]
+    if args.frames is None:
+        args.frames = 2 * trained
+    if args.steps is None:
+        args.steps = 4 if of_pixels else 32
+    if args.guidance is None:
+        args.guidance = 2.0 if of_pixels else 5.0
+    if args.window is None:  # no relative position is then new to the model
+        longest = trained // model.config.chunk - 1
+        args.window = min(longest, (model.config.window or trained) + 1)
+    return args
+
+
+def check(args, model):
+    """Validate the flags, filled by `fill_unset`, against the model. Raises ValueError."""
+    chunk = model.config.chunk
+    measured = args.eval or args.compare
+    of_pixels = model.run["words"] is not None
+    if args.frames % chunk:
+        raise ValueError(
+            f"--frames {args.frames} is not divisible by {chunk}, the chunk; "
+            f"{round_up(args.frames, chunk)} would work"
+        )
+    if measured and args.frames < 3 * chunk:
+        raise ValueError(
+            f"--frames {args.frames}: two of {chunk} are given; {3 * chunk} can be measured"
+        )
+    if args.window and args.sink >= args.window:
+        raise ValueError(
+            f"--sink {args.sink} leaves no room in --window {args.window}; "
+            f"--sink {args.window - 1} or less would work"
+        )
+    if args.routing and not model.config.top_k:
+        raise ValueError("--routing needs a model that routes: train one with --top-k 5")
+    if not of_pixels and not args.wan and not measured:
+        raise ValueError("this model makes latents: --wan PATH names their VAE and text encoder")
+    if of_pixels and args.wan:
+        raise ValueError("--wan: this model makes pixels itself, and needs no VAE")
+    for at, _ in args.then:
+        if not at.isdecimal() or int(at) % chunk or not chunk <= int(at) < args.frames:
+            raise ValueError(
+                f"--then {at}: wanted the number of a frame, from {chunk} up, below --frames "
+                f"{args.frames} and divisible by {chunk}"
+            )
+    check_memory(args, model)
+
+
+def check_memory(args, model):
+    """Refuse what the device's memory cannot hold, before allocating it. Raises ValueError."""
+    measured = args.eval or args.compare
+    videos = args.videos if measured else max(1, len(args.prompts)) * args.samples
+    needed, limit = memory_needed(args, model, videos), memory_of(args.device)
+    if needed > limit:
+        flag = f"--videos {videos}" if measured else f"{videos} at once"
+        raise ValueError(
+            f"--frames {args.frames}, {flag}: the videos and the cache alone need "
+            f"{needed / 2**30:,.1f} GiB, and the limit is this machine's {limit / 2**30:,.1f} GiB; "
+            "fewer frames, fewer videos or a smaller --window would work"
+        )
+
+
+def memory_needed(args, model, videos):
+    """Estimate the bytes of a rollout: noise, finished frames, and the cache's keys and values."""
+    config = model.config
+    height, width = model.run["height"], model.run["width"]
+    frames = 4 * args.frames * config.channels * height * width  # float32, of one video
+    tokens = config.chunk * height * width // config.patch**2  # of one frame of the model
+
+    length = args.frames // config.chunk
+    slots = min(args.window or length, length)
+    branches = 1 if args.guidance == 1 else 2
+    batch = min(videos, EVAL_BATCH) if args.eval or args.compare else videos
+    cache = 2 * 4 * config.layers * config.dim * tokens * slots * branches * batch
+    kept = 3 * videos * frames  # noise, finished frames and thumbnails; or truth and rollouts
+    return kept + cache
+
+
+def memory_of(device):
+    """Return the bytes of physical memory of a device, infinite where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def sampler_settings(args):
+    """The keyword arguments of `generate` that the flags decide."""
+    return {
+        "steps": args.steps,
+        "time_shift": args.time_shift,
+        "guidance": args.guidance,
+        "window": args.window or None,
+        "sink": args.sink,
+        "seed": args.seed,
+    }
+
+
+def autocast(device):
+    """bf16 autocast on CUDA; elsewhere a context that does nothing."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+
+def latest_run():
+    """Return the folder of the checkpoint under runs/ that was written last. Raises ValueError."""
+    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(
+            "there is no checkpoint under runs/; train one, or name a run: "
+            "train.py --out, sample.py --checkpoint"
+        )
+    return found[-1].parent
+
+
+def samples_folder(run):
+    """Return the samples/ of a run, named by its folder or its ckpt.pt."""
     return (run if run.is_dir() else run.parent) / "samples"
 
-def scores_of(run, args):
-    return samples_of(run) / ("true-history.json" if args.true_history else "eval.json")
 
-def targets(args, names):
-    """One file per video."""
-    out = args.out or samples_of(args.checkpoint)
-    files = [out / f"{name}.mp4" for name in names]
-    if out.suffix in (".mp4", ".gif"):
-        files = [out] if len(names) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(names))]
-    elif out.is_file() or not out.is_dir() and re.fullmatch(r"\.[a-z]+\d?", out.suffix):
-        raise ValueError(f"--out {out}: wanted a folder, or a file that ends in .mp4 or .gif")
-    if args.given and args.given.resolve() in [file.resolve() for file in files]:
-        raise ValueError(f"--out {out} would overwrite --given; wanted another name")
-    return files
+def evaluate(
+    model,
+    frames,
+    videos,
+    steps,
+    time_shift,
+    guidance,
+    window,
+    sink=0,
+    seed=0,
+    true_history=False,
+):
+    """Continue held-out sprites from two true frames of the model, and measure the result.
 
-def first_frames(args, model, wan):
-    """The frames of --given (1, M, ...), or none."""
-    run, chunk = model.run, model.config.chunk
-    size, shape = (run["height"], run["width"]), (1, 0, chunk * model.config.channels, run["height"], run["width"])
-    if args.given is None:
-        return torch.zeros(shape)
-    if wan:
-        clip = read_video(args.given, (8 * size[0], 8 * size[1]), 16, 1, args.given_frames)[None]
-        clip = wan.encode(clip[:, :(clip.shape[1] + 3) // 4 * 4 - 3]).cpu()
+    frames: length of each video, the given ones included, in single frames. true_history: predict
+    each frame from the true past; otherwise from the model's own. Returns (truth, made), both
+    (videos, frames, 3, size, size) on the CPU, and `data.measure`'s scores (videos, frames, 3).
+    Raises ValueError for a model that was not trained on sprites.
+    """
+    run = model.run
+    if run["data"] != "sprites":
+        raise ValueError(
+            "--eval needs a model of sprites, whose world is exactly known; "
+            f"this one learned {run['data']}"
+        )
+    test = Sprites(run["size"], frames, 0, "test", run["objects"], run["wall"], run["withheld"])
+    device = next(model.parameters()).device
+    settings = {"steps": steps, "time_shift": time_shift, "guidance": guidance}
+    settings |= {"window": window, "sink": sink, "true_history": true_history}
+
+    truths, rollouts = [], []
+    for i in tqdm(range(0, videos, EVAL_BATCH), "batches", dynamic_ncols=True):
+        clips = [test[j] for j in range(i, min(i + EVAL_BATCH, videos))]
+        truth, c = default_collate(clips)
+        made = continue_truth(model, truth.to(device), c.to(device), seed=seed + i, **settings)
+        truths.append(truth)
+        rollouts.append(made)
+
+    truth, made = torch.cat(truths), torch.cat(rollouts)
+    scores = measure(made, [test.caption(j) for j in range(videos)], run["wall"])
+    return truth, made, scores
+
+
+def continue_truth(model, truth, c, window, seed, true_history, **settings):
+    """Continue clips (B, T, C, height, width) from two frames of the model to their own length.
+
+    With true_history, each frame is the first one of a rollout on the true frames before it.
+    """
+    chunk, given = model.config.chunk, 2
+    length = truth.shape[1] // chunk
+    spans = [(given, length)]  # the frames of each rollout
+    if true_history:
+        spans = [(n, n + 1) for n in range(given, length)]
+
+    parts = [truth[:, : given * chunk].cpu()]
+    for start, end in spans:
+        known = min(start, window or start)  # true frames that the window keeps
+        past = truth[:, (start - known) * chunk :]
+        total = (known + end - start) * chunk
+        options = settings | {"window": window, "seed": seed + start}  # noise differs by frame
+        made = continue_video(model, past, c, total, known, **options)
+        parts.append(made[:, known * chunk :])
+    return torch.cat(parts, dim=1)
+
+
+def evaluate_runs(filled, models):
+    """--eval and --compare: print each run's metrics, and draw the first clips of all.
+
+    filled: the flags of each run, from `fill_unset`.
+    """
+    check_same_world(models)
+    settings = comparison_settings(filled)
+    gif, png = choose_files(filled[-1], comparison_paths(filled[-1]), settings)
+
+    rows = {}
+    for args, model, name in zip(filled, models, row_names(filled)):
+        options = sampler_settings(args) | {"true_history": args.true_history}
+        with autocast(args.device):
+            truth, made, scores = evaluate(model, args.frames, args.videos, **options)
+        rows["truth"] = truth[:4]
+        rows[name] = made[:4]
+        print_metrics(args, 2 * model.config.chunk, scores)
+        save_scores(scores_file(args.checkpoint, args.true_history), vars(args), scores)
+
+    write_comparison(gif, rows, models[-1].run["rate"])
+    record_settings([gif, png], settings)
+    print(f"the first {len(rows['truth'])} of them: {gif} and {png}")
+
+
+def check_same_world(models):
+    """Refuse to compare models of different sprites. Raises ValueError."""
+    worlds = {str([model.run.get(flag) for flag in WORLD_FLAGS]) for model in models}
+    if len(worlds) > 1:
+        raise ValueError(
+            "--compare: these runs learned different worlds; "
+            "wanted one --data, --size, --objects and --wall"
+        )
+
+
+def comparison_settings(filled):
+    """Everything that decides the pictures of --eval and --compare, as JSON has it."""
+    args = filled[0]
+    settings = {
+        "runs": [file_identity(checkpoint_file(own.checkpoint)) for own in filled],
+        "samplers": [sampler_settings(own) for own in filled],
+        "frames": [own.frames for own in filled],
+        "videos": args.videos,
+        "true_history": args.true_history,
+        "device": torch.device(args.device).type,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def print_metrics(args, given, scores):
+    """Print what was measured, and the table of its scores (B, T, 3)."""
+    print(
+        f"{args.checkpoint}:\n{len(scores)} held-out videos, {args.frames} frames, the first "
+        f"{given} given, window {args.window or 'none'}, {args.steps} steps"
+        + (", on true history" if args.true_history else "")
+    )
+    print(metrics_table(scores))
+
+
+def row_names(filled):
+    """Name each run of a comparison by its folder, by the whole path where two have one name."""
+    folders = [samples_folder(args.checkpoint).parent for args in filled]
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def metrics_table(scores):
+    """Format `data.measure`'s scores (B, T, 3) as a table, by thirds of the video as in Table 1.
+
+    The mean over the third's frames of the mean over videos ± standard error over the videos.
+    """
+    T = scores.shape[1]
+    columns = {"Temporal": 1, "Visual": 0, "Text": 2}
+    lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in columns)]
+    edges = [round(third * T / 3) for third in range(4)]
+    for start, end in [*pairwise(edges), (0, T)]:
+        part = scores[:, start:end]
+        mean = part.nanmean(dim=0).nanmean(dim=0)
+        error = standard_error(part.nanmean(dim=1))
+        cells = [f"{mean[i]:8.2f} ± {error[i]:5.2f}" for i in columns.values()]
+        lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def standard_error(z):
+    """Standard error over the rows of z (n, ...), nan left out."""
+    n = (~z.isnan()).sum(0).clamp(min=1)
+    return ((z - z.nanmean(0)).square().nansum(0) / (n - 1) / n).sqrt()
+
+
+def scores_file(run, true_history):
+    """The file in which --eval saves a run's scores for --table."""
+    return samples_folder(run) / ("true-history.json" if true_history else "eval.json")
+
+
+def save_scores(path, settings, scores):
+    """Save the mean over videos of scores (B, T, 3), and the settings that made them, as JSON."""
+    write_json(path, {"args": settings, "frames": scores.nanmean(0).tolist()})
+
+
+def write_json(path, content):
+    """Write a file as a whole or not at all; what JSON does not know becomes a string."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content, default=str, ensure_ascii=False), "utf-8")
+    part.replace(path)
+
+
+def print_tables(args):
+    """--table: print what --eval saved, mean ± standard error over the seeds of a name."""
+    groups = {}
+    for run in args.table:
+        folder = samples_folder(run).parent
+        name = re.sub(r"-\d+$", "", str(folder))
+        groups.setdefault(name, []).append(read_scores(run, args.true_history))
+
+    for name, seeds in groups.items():
+        lengths = [len(frames) for frames in seeds]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"the seeds of {Path(name).name} have {', '.join(map(str, lengths))} frames; "
+                "wanted the same"
+            )
+        plural = "s" if len(seeds) > 1 else ""
+        print(f"{Path(name).name}, {len(seeds)} seed{plural}")
+        print(metrics_table(torch.stack(seeds)))
+
+
+def read_scores(run, true_history):
+    """Read the scores that --eval saved for a run: (T, 3). Raises ValueError."""
+    path = scores_file(run, true_history)
+    if not path.is_file():
+        mode = "--eval --true-history" if true_history else "--eval"
+        raise ValueError(f"no {path}; python sample.py {mode} --checkpoint {run} writes it")
+    try:
+        scores = torch.tensor(json.loads(path.read_text("utf-8"))["frames"], dtype=torch.float32)
+        if scores.dim() != 2 or scores.shape[1] != 3:
+            raise ValueError(f"scores of shape {tuple(scores.shape)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not what --eval writes ({error!r}); sample.py --eval writes it anew"
+        ) from None
+    return scores
+
+
+def read_clip(path, size, fps, stride, frames):
+    """Like `data.read_video`; a still picture is a clip of one frame, cropped to the centre."""
+    height, width = size
+    try:
+        with Image.open(path) as picture:
+            if not getattr(picture, "is_animated", False):
+                pixels = ImageOps.fit(picture.convert("RGB"), (width, height))
+                return to_float(np.array(pixels)[None])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # no picture, or bad
+        pass
+    return read_video(path, size, fps, stride, frames)
+
+
+def video_paths(args, prompts):
+    """Name a file for each prompt, and one for the contact sheet of all."""
+    out = args.out or samples_folder(args.checkpoint)
+    if names_a_file(out):
+        files = [out]
+        if len(prompts) > 1:
+            files = [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompts))]
+        paths = [*files, out.with_suffix(".png")]
     else:
-        clip = read_video(args.given, size, run["fps"], run["stride"], args.given_frames)[None]
-    if clip.shape[1] < chunk or clip.shape[1] >= args.frames:
-        raise ValueError(f"--given {args.given} makes {clip.shape[1]} frames; wanted {chunk} or more, and fewer than --frames "
-                         f"{args.frames}; --given-frames takes some of them")
-    return fold(clip[:, :clip.shape[1] // chunk * chunk], chunk)
+        stems = ["-".join(split_words(prompt))[:60] or "video" for prompt in prompts]
+        files = [out / f"{stem}-{args.seed}-{i}.mp4" for i, stem in enumerate(stems)]
+        paths = [*files, files[0].with_suffix(".png") if len(files) == 1 else out / "sheet.png"]
 
-def make(args, model):
-    """Prompts to files."""
-    wan, chunk = args.wan and Wan(args.wan, args.device), model.config.chunk
-    prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
-    texts = [(0, prompts)] + sorted((int(at), [prompt] * len(prompts)) for at, prompt in args.then)
-    cs = [(at // chunk, (wan or Words(*model.run["words"])).text(several).to(args.device)) for at, several in texts]
-    given = first_frames(args, model, wan).expand(len(prompts), -1, -1, -1, -1).to(args.device)
-    files = targets(args, [f"{'-'.join(split_words(prompt))[:60] or 'video'}-{args.seed}-{i}" for i, prompt in enumerate(prompts)])
-    show, shares, sampling, showing, small = wan.decoder() if wan else torch.Tensor.cpu, [], [], [], []
-    null = wan and wan.text([args.negative]).to(args.device)
-    frames = generate(model, cs, given, args.frames // chunk, null=null, **args.settings)
-    videos = timed(map(show, timed((unfold(frame, chunk).cpu() for frame in frames), sampling)), showing)
-    before = [show(unfold(given, chunk))] if given.shape[1] else []
-    with ExitStack() as stack:
-        outs = [stack.enter_context(writer(path, 16 if wan else model.run["rate"])) for path in files]
-        if args.routing:
-            stack.enter_context(recorded_picks(shares))
-        passes = len(before) + args.frames // chunk - given.shape[1]
-        for video in tqdm(chain(before, videos), "frames", passes, dynamic_ncols=True):
-            for out, clip in zip(outs, video):
-                out(clip)
-            tiles = max(1, video.shape[-2] // 64)  # small pictures are all that is kept of a long video
-            small.append(F.avg_pool2d(video.flatten(0, 1), tiles).unflatten(0, video.shape[:2]))
-    sheet = files[0].with_suffix(".png") if len(files) == 1 else files[0].with_name("sheet.png")
-    iio.imwrite(sheet, film(torch.cat(small, dim=1), 16, prompts))
-    count = sum(video.shape[1] for video in small[len(before):])
-    print_speed(args, f"{len(files)} x {count} new frames", len(files) * count, sampling, showing)
-    print("\n".join(f"{path}: {prompt or 'no prompt'}" for path, prompt in zip(files, prompts)) + f"\nall of them: {sheet}")
-    if args.routing:
-        show_routing(shares[-args.steps * model.config.layers:], model.config.layers, files[0].with_name("routing.png"))
+    if args.given and args.given.resolve() in [path.resolve() for path in paths]:
+        raise ValueError(f"--out {out} would overwrite --given; wanted another name")
+    return paths
+
+
+def comparison_paths(args):
+    """Name the moving picture of a comparison and the still one."""
+    out = args.out or samples_folder(args.checkpoint)
+    path = out if names_a_file(out) else out / "eval.gif"
+    return [path.with_suffix(".gif"), path.with_suffix(".png")]
+
+
+def names_a_file(out):
+    """Whether --out names a video file, not a folder. Raises ValueError for other files."""
+    if out.is_dir():
+        return False
+    ending = out.suffix.lower()
+    if ending in (".mp4", ".gif"):
+        return True
+    if out.is_file() or re.fullmatch(r"\.[a-z]+\d?", ending):
+        raise ValueError(f"--out {out}: wanted a folder, or a file that ends in .mp4 or .gif")
+    return False
+
+
+def video_settings(args):
+    """Everything that decides the pictures of a call's videos, as JSON has it."""
+    settings = sampler_settings(args) | {
+        "prompts": args.prompts,
+        "then": args.then,
+        "samples": args.samples,
+        "frames": args.frames,
+        "checkpoint": file_identity(checkpoint_file(args.checkpoint)),
+        "given": args.given and file_identity(args.given),
+        "given_frames": args.given_frames,
+        "wan": args.wan and str(args.wan.resolve()),
+        "negative": args.negative if args.wan else None,
+        "device": torch.device(args.device).type,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def checkpoint_file(run):
+    """Return the ckpt.pt of a run, named by its folder or by this file."""
+    return run / "ckpt.pt" if run.is_dir() else run
+
+
+def file_identity(path):
+    """Tell one version of a file from another: [absolute path, time of the last change in ns]."""
+    return [str(path.resolve()), path.stat().st_mtime_ns]
+
+
+def choose_files(args, paths, settings):
+    """Return the paths, changed where a file made with other settings is there already.
+
+    In a folder the new file's name gets a number, as in red-circle-0-0-2.mp4. A name that the user
+    gave with --out is kept: it raises ValueError, unless --overwrite is given.
+    """
+    chosen = []
+    for path in paths:
+        if args.out and names_a_file(args.out):
+            if not (args.overwrite or is_free(path, settings)):
+                raise ValueError(
+                    f"--out {args.out}: {path} is there already, made with other settings; "
+                    "another name, or --overwrite, would work"
+                )
+        else:
+            path = numbered(path, settings, chosen)
+        chosen.append(path)
+    return chosen
+
+
+def numbered(path, settings, taken):
+    """Return the path, or the first of NAME-2, NAME-3 ... that is free and not taken."""
+    candidate, number = path, 1
+    while candidate in taken or not is_free(candidate, settings):
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+def is_free(path, settings):
+    """Whether there is no such file, or only one that the same settings made."""
+    return not path.exists() or read_settings(path.parent).get(path.name) == settings
+
+
+def read_settings(folder):
+    """Read settings.json of a folder: {file name: the settings that made it}."""
+    try:
+        recorded = json.loads((folder / "settings.json").read_text("utf-8"))
+    except (OSError, ValueError):  # without a record, every file counts as made by other settings
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def record_settings(paths, settings):
+    """Add the settings that made some files of one folder to its settings.json."""
+    folder = paths[0].parent
+    recorded = read_settings(folder)
+    for path in paths:
+        recorded[path.name] = settings
+    write_json(folder / "settings.json", recorded)
+
+
+def write_comparison(path, videos, fps):
+    """Write path.gif, and path.png with time from left to right: a row for each name.
+
+    videos: {name: (B, T, C, height, width)} in [-1, 1]; shorter ones are padded with white.
+    """
+    longest = max(video.shape[1] for video in videos.values())
+    rows = torch.stack([pad_time(video, longest) for video in videos.values()])  # (rows, B, T, ...)
+    channels = rows.shape[3]
+    if channels != 3:  # latents are no colours: show three of their channels
+        rows = rows[:, :, :, [i % channels for i in range(3)]] / 3
+
+    page = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")
+    frames = enlarge(to_bytes(page), 72 * len(rows))  # (T, height, width, 3)
+    if rows.shape[-1] <= 32:  # sprites are flat: their noise would be most of the file
+        frames = np.minimum((frames.astype(int) + 16) // 32 * 32, 255).astype(np.uint8)
+    height = frames.shape[1] // len(rows)
+    names = np.concatenate([draw_text(name, height) for name in videos])
+    names = np.broadcast_to(names, (len(frames), *names.shape))
+
+    with writer(path.with_suffix(".gif"), fps) as out:
+        out(np.concatenate([names, frames], axis=2))
+    strips = rearrange(rows, "r b t c h w -> (b r) t c h w")
+    labels = [*videos] * rows.shape[1]
+    iio.imwrite(path.with_suffix(".png"), contact_sheet(strips, 16, labels))
+
+
+def pad_time(video, length):
+    """Append white frames to videos (B, T, C, height, width) until T is `length`."""
+    return F.pad(video, (0, 0, 0, 0, 0, 0, 0, length - video.shape[1]), value=1.0)
+
+
+def contact_sheet(rows, columns=12, labels=(), height=64):
+    """Draw videos below one another, time from left to right: (height, width, 3) uint8.
+
+    rows: videos (T, 3, height, width) in [-1, 1], of which `columns` frames are drawn, `height`
+    pixels high or a little more. labels: texts on their left.
+    """
+    strips = []
+    for video, label in zip_longest(rows, labels, fillvalue=""):
+        chosen = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
+        frames = enlarge(to_bytes(video[chosen]), height)
+        frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        strip = rearrange(frames, "t h w c -> h (t w) c")
+        if any(labels):
+            strip = np.concatenate([draw_text(label, len(strip)), strip], axis=1)
+        strips.append(strip)
+    return np.concatenate(strips)
+
+
+def draw_text(text, height, width=96):
+    """Draw black text on white, wrapped: (height, width, 3) uint8."""
+    page = Image.new("RGB", (width, height), "white")
+    lines = "\n".join(textwrap.wrap(text, width // 7))
+    ImageDraw.Draw(page).multiline_text((4, height / 2), lines, "black", anchor="lm")
+    return np.asarray(page)
+
+
+@contextmanager
+def record_routing(model, shares):
+    """Within it, every pass appends its layers' picks to `shares`, one list for each layer.
+
+    An entry (columns,) is the share of the last frame's tokens, over videos and heads, that pick
+    each column of Eq. (9).
+    """
+
+    @torch.compiler.disable
+    def hook(module, args, output):
+        x, angles, past, own, cache = args
+        columns = past.shape[1]
+        q, _, _ = module.project(x, angles, len(past))
+        descriptor = cache.descriptor[module.layer][:, :, :columns]
+        picked, valid = routing.pick(q, None, past, module.top_k, descriptor)
+
+        picked, valid = picked[:, :, -1], valid[:, :, -1]  # (B, H, P, top_k), of the last frame
+        counts = torch.bincount(picked[valid], minlength=columns)
+        shares[module.layer].append(counts / picked[..., 0].numel())
+
+    handles = [block.self_attn.register_forward_hook(hook) for block in model.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def show_routing(args, shares, length, settings):
+    """Fig. 8: print and draw how often the last frame picks each history frame, by layer.
+
+    shares: for each layer the entries of `record_routing` in the Euler steps of the last frame,
+    over which the mean is taken. length: frames of the video.
+    """
+    share = torch.stack([torch.stack(list(layer)).mean(0)[:-1] for layer in shares]).cpu()
+    share = torch.cat([share, share.mean(0, keepdim=True)])  # (layers + 1, columns)
+    names = [*(f"layer {i}" for i in range(len(shares))), "mean"]
+    frames = history_frames(length, share.shape[1], args.sink)
+
+    print("how often the last frame picks each history frame, by its number:")
+    print(f"{'frame':>8} " + " ".join(f"{n:4}" for n in frames))
+    for name, row in zip(names, share.tolist()):
+        print(f"{name:>8} " + " ".join(f"{value:4.2f}" for value in row))
+
+    out = args.out or samples_folder(args.checkpoint)
+    folder = out.parent if names_a_file(out) else out
+    path = numbered(folder / "routing.png", settings, [])
+    iio.imwrite(path, draw_routing(share.tolist(), names, frames))
+    record_settings([path], settings)
+    print(f"as a picture, the mean last: {path}")
+
+
+def history_frames(length, columns, sink):
+    """Number the history frames in the cache of the last frame: the sink's, then the latest."""
+    first = length - 1 - columns  # how many frames the window dropped
+    return [n if first == 0 or n < sink else n + first for n in range(columns)]
+
+
+def draw_routing(share, names, frames):
+    """Draw shares in [0, 1] as a table with labelled axes, black for 0 and yellow for 1: an image.
+
+    share: a list of rows, one for each name; a row holds one value for each number in frames.
+    """
+    cell, line, left, top = 36, 24, 64, 44
+    page = Image.new("RGB", (left + cell * len(frames) + 8, top + line * len(share) + 8), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((4, 4), "share of the last frame's tokens that pick a history frame", "black")
+    draw.text((left - 6, top - 10), "frame", "black", anchor="rm")
+    for column, number in enumerate(frames):
+        draw.text((left + cell * (column + 0.5), top - 10), str(number), "black", anchor="mm")
+
+    for row, (name, values) in enumerate(zip(names, share)):
+        y = top + line * row
+        draw.text((left - 6, y + line / 2), name, "black", anchor="rm")
+        for column, value in enumerate(values):
+            x = left + cell * column
+            colour = (round(255 * value), round(217 * value), round(51 * value))
+            draw.rectangle((x, y, x + cell - 2, y + line - 2), colour)
+            ink = "black" if value > 0.65 else "white"
+            draw.text((x + cell / 2 - 1, y + line / 2 - 1), f"{value:.2f}", ink, anchor="mm")
+    return np.asarray(page)
+
+
+def print_files(files, prompts, sheet):
+    """Print the videos' files with their prompts, and the contact sheet's."""
+    for path, prompt in zip(files, prompts):
+        print(f"{path}: {prompt or 'no prompt'}")
+    print(f"all of them: {sheet}")
+
 
 def timed(items, seconds):
-    """The items; how long each took to come is appended to `seconds`."""
+    """Yield the items; append to `seconds` how long each took to come."""
     begin = time.perf_counter()
     for item in items:
         seconds.append(time.perf_counter() - begin)
         yield item
         begin = time.perf_counter()
 
-def print_speed(args, what, count, sampling, showing):
-    """Frames per second; sampling and showing: seconds per frame, without and with the VAE's decoding."""
-    print(f"{count / sum(sampling):.1f} frames per second: {what} in {sum(sampling):.1f} s, {args.steps} steps each" +
-          (", guidance counted" if args.guidance != 1 else "") + ", writing files not counted" +
-          (f"; {count / sum(showing):.1f} with the VAE's decoding" if args.wan else ""))
-    if len(sampling) >= 40:
+
+def print_speed(args, what, count, sampling, decoding):
+    """Print frames per second: `count` frames in all.
+
+    sampling, decoding: seconds for each frame of the model, writing files not counted.
+    """
+    line = f"{count / sum(sampling):.1f} frames per second: {what} in {sum(sampling):.1f} s, "
+    line += f"{args.steps} steps each"
+    if args.guidance != 1:
+        line += ", guidance counted"
+    line += ", writing files not counted"
+    if args.wan:
+        both = sum(sampling) + sum(decoding)
+        line += f"; {count / both:.1f} with the VAE's decoding"
+    print(line)
+
+    if len(sampling) >= 40:  # quarters, without the first frames, whose history still grows
         edges = np.linspace(20, len(sampling), 5).round().astype(int)
-        print("median time of a frame: " + ", ".join(f"{1000 * np.median(sampling[start:end]):.1f} ms ({start + 1} to {end})"
-                                                     for start, end in pairwise(edges)))
-    if "cuda" in args.device:
-        print(f"memory at its peak: {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MiB")
+        parts = []
+        for start, end in pairwise(edges):
+            median = 1000 * np.median(sampling[start:end])
+            parts.append(f"{median:.1f} ms ({start + 1} to {end})")
+        print("median time of a frame: " + ", ".join(parts))
 
-def recorded_picks(shares):
-    """A context in which `routing.pick` also appends to a list: how often its last frame picked each column, of all tokens."""
-    def record(*args):
-        picked, valid = found = pick(*args)
-        last = picked[:, :, -1]
-        shares.append(torch.bincount(last[valid[:, :, -1]], minlength=args[2].shape[1]) / last[..., 0].numel())
-        return found
-    return patch.object(routing, "pick", record)
+    if torch.device(args.device).type == "cuda":
+        print(f"memory at its peak: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
 
-def show_routing(shares, layers, path):
-    """Fig. 8: how often the last frame picked each history frame, by layer, over steps, heads and tokens."""
-    share = torch.stack([torch.stack(shares[i::layers]).mean(0)[:-1] for i in range(layers)]).cpu()
-    share = torch.cat([share, share.mean(0, keepdim=True)])
-    print(f"how often the last frame picks each history frame (columns: frame 0 to {share.shape[1] - 1}):")
-    for i, row in enumerate(share):
-        print(f"{f'layer {i}' if i < layers else 'mean':>8} " + " ".join(f"{z:4.2f}" for z in row.tolist()))
-    heat = (share[..., None] * torch.tensor([255, 217, 51])).round().byte().numpy()  # black for 0, yellow for 1
-    iio.imwrite(path, np.pad(enlarge(heat, 24 * len(heat)), ((1, 1), (1, 1), (0, 0)), constant_values=255))
-    print(f"as a picture, the mean last: {path}")
-
-def evaluate(args, model):
-    """Continue held-out sprites from two true frames and measure them. Returns (truth, made), (videos, T, ...).
-    With --true-history every frame is the first that a rollout adds to the truth before it."""
-    run, chunk = model.run, model.config.chunk
-    if run["data"] != "sprites":
-        raise ValueError(f"--eval needs a model of sprites, whose world is exactly known; this one learned {run['data']}")
-    test = Sprites(run["size"], args.frames, 0, "test", run["objects"], run["wall"], run["withheld"])
-    N, given, clips = args.frames // chunk, 2, []
-    parts = [(n, n + 1) for n in range(given, N)] if args.true_history else [(given, N)]
-    for i in tqdm(range(0, args.videos, 16), "batches", dynamic_ncols=True):
-        truth, c = (z.to(args.device) for z in default_collate([test[j] for j in range(i, min(i + 16, args.videos))]))
-        made = [truth[:, :given * chunk].cpu()]
-        for start, end in parts:
-            known = min(start, args.window or start)
-            settings = args.settings | {"seed": args.seed + i + start}
-            video = extend(model, truth[:, (start - known) * chunk:], c, (end - start + known) * chunk, known, **settings)
-            made.append(video[:, known * chunk:])
-        clips.append((truth.cpu(), torch.cat(made, dim=1)))
-    truth, made = map(torch.cat, zip(*clips))
-    scores = measure(made, [test.caption(j) for j in range(len(made))], run["wall"])
-    print(f"{len(scores)} held-out videos, {args.frames} frames, the first {given * chunk} given, window "
-          f"{args.window or 'none'}, {args.steps} steps" + ", on true history" * args.true_history + "\n" + ruler_table(scores))
-    path = scores_of(args.checkpoint, args)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"args": vars(args), "frames": scores.nanmean(0).tolist()}, default=str))
-    return truth, made
-
-def compare(path, videos, fps):
-    """path.png, time from left to right, and path.gif: clips {name: (B, T, C, height, width)}, a row for each name."""
-    longest = max(video.shape[1] for video in videos.values())
-    rows = torch.stack([F.pad(video, (0, 0) * 3 + (0, longest - video.shape[1]), value=1.0) for video in videos.values()])
-    rows = rows if rows.shape[3] == 3 else rows[:, :, :, [i % rows.shape[3] for i in range(3)]] / 3  # latents are no colours
-    page = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")
-    frames = enlarge(to_bytes(page), 72 * len(rows))
-    if rows.shape[-1] <= 32:  # sprites are flat: their noise would be most of the file
-        frames = np.minimum((frames.astype(int) + 16) // 32 * 32, 255).astype(np.uint8)
-    names = np.concatenate([write(name, frames.shape[1] // len(rows)) for name in videos])
-    with writer(path.with_suffix(".gif"), fps) as out:
-        out(np.concatenate([np.broadcast_to(names, (len(frames), *names.shape)), frames], axis=2))
-    iio.imwrite(path.with_suffix(".png"), film(rearrange(rows, "r b t c h w -> (b r) t c h w"), 16, [*videos] * rows.shape[1]))
-
-def print_tables(args):
-    """What --eval wrote, per third: mean ± standard error over the seeds of a name."""
-    groups = {}
-    for run in args.table:
-        path = scores_of(run, args)
-        if not path.is_file():
-            mode = "--eval --true-history" if args.true_history else "--eval"
-            raise ValueError(f"no {path}; python sample.py {mode} --checkpoint {run} writes it")
-        try:
-            frames = json.loads(path.read_text())["frames"]
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not what --eval writes ({error!r}); sample.py --eval writes it anew") from None
-        groups.setdefault(re.sub(r"-\d+$", "", str(samples_of(run).parent)), []).append(frames)
-    for name, frames in ((Path(folder).name, frames) for folder, frames in groups.items()):
-        if len({len(video) for video in frames}) > 1:
-            raise ValueError(f"the seeds of {name} have {', '.join(map(str, map(len, frames)))} frames; wanted the same")
-        print(f"{name}, {len(frames)} seed{'s' * (len(frames) > 1)}\n{ruler_table(torch.tensor(frames))}")
-
-def main(argv):
-    args = parse(argv)
-    if args.table:
-        return print_tables(args)
-    runs, rows = args.compare or [args.checkpoint or latest_run()], {}
-    models = [load_checkpoint(run).to(args.device) for run in runs]
-    settled = [settle(args, run, model) for run, model in zip(runs, models)]
-    if len({str([model.run[key] for key in ("data", "size", "objects", "wall")]) for model in models}) > 1:
-        raise ValueError("--compare: these runs learned different worlds; wanted one --data, --size, --objects and --wall")
-    path, folders = targets(settled[-1], ["eval"])[0], [samples_of(run).parent for run in runs]
-    names = [str(folder) if len({folder.name for folder in folders}) < len(runs) else folder.name for folder in folders]
-    for own, model, name in zip(settled, models, names):
-        if args.compile:
-            model.compile_blocks()
-        if "cuda" in args.device:
-            model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
-        if args.eval or args.compare:
-            print(f"{own.checkpoint}:")
-            rows["truth"], rows[name] = (video[:4] for video in evaluate(own, model))
-        else:
-            make(own, model)
-    if rows:
-        compare(path, rows, model.run["rate"])
-        print(f"the first {len(rows['truth'])} of them: {path.with_suffix('.gif')} and {path.with_suffix('.png')}")
 
 if __name__ == "__main__":
-    Parser(__doc__).guard(main, sys.argv[1:])
+    run_main(main, sys.argv[1:])

@@ -1,7 +1,13 @@
-"""The paper's claims, each with the shortest evidence: CPU, no network, deterministic, float64 where it says "the same"."""
+"""The paper's claims, each with the shortest evidence: CPU, no network, deterministic.
+
+Where a test says "the same", it compares in float64. The sections follow the files.
+"""
+
+import argparse
 import json
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -9,8 +15,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -26,20 +37,40 @@ import rf
 import routing
 import sample
 import train
-from data import Latents, Sprites, Videos, Words, fold, measure, read_video, unfold, writer
+from data import (
+    Latents,
+    Sprites,
+    Videos,
+    Words,
+    fold,
+    measure,
+    read_frames,
+    read_video,
+    to_bytes,
+    unfold,
+    writer,
+)
 from model import PRESETS, CausalDiT, Config, load_checkpoint
-from rf import HISTORY, Guided, add_noise, flow_matching_loss, logit_normal, rollout, self_resample, shift
+from rf import (
+    HISTORY,
+    Guided,
+    add_noise,
+    flow_matching_loss,
+    logit_normal,
+    rollout,
+    self_resample,
+    shift,
+)
 from routing import attend, attend_masked, route, sparse_causal_mask
 
 HERE = Path(__file__).parent
-TINY = ["--size", "8", "--frames", "4", "--dim", "48", "--heads", "2", "--layers", "1", "--batch", "2", "--sample-steps", "1",
-        "--lr-warmup", "2", "--device", "cpu"]
 
 
 def tiny(chunk=1, top_k=None, layers=2, window=None):
-    """A small float64 network with every weight random: at its own initialisation it returns 0, and 0 equals 0."""
+    """A small float64 network with random weights: at its own initialization it returns 0."""
     torch.manual_seed(0)
-    net = CausalDiT(Config(2, 24, 48, 2, layers, 2, chunk, text_dim=5, freq_dim=16, top_k=top_k, window=window)).double()
+    config = Config(2, 24, 48, 2, layers, 2, chunk, 5, 16, top_k=top_k, window=window)
+    net = CausalDiT(config).double()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return net
@@ -53,11 +84,22 @@ def clip(chunk=1, N=6, B=2):
 
 
 def close(a, b, tolerance=1e-10):
-    return a.shape == b.shape and (a - b).abs().max() <= tolerance
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance)
+
+
+def same(a, b):
+    """Nested dictionaries and lists of tensors, equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 class Recorder:
-    """A model of a few lines: v = 0, and a list of how it was called."""
+    """A model with v = 0 that records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -70,6 +112,28 @@ class Recorder:
         return torch.zeros_like(x)
 
 
+def bytes_kept(run):
+    """Bytes that autograd keeps for the backward of what `run` computes, each storage once."""
+    kept = {}
+
+    def keep(z):
+        storage = z.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return z
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda z: z):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def save_latents(folder, **arrays):
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / f"{len(list(folder.iterdir()))}.npz", **arrays)
+
+
+# ---- rf.py ----
+
+
 def test_noise_runs_from_the_frame_to_noise_along_a_line():  # Eq. (3)
     x, eps, t, _ = clip()
     x_t = add_noise(x, eps, t)
@@ -80,38 +144,249 @@ def test_noise_runs_from_the_frame_to_noise_along_a_line():  # Eq. (3)
 
 def test_the_shift_keeps_both_ends_and_is_undone_by_its_inverse():  # Eq. (7)
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    assert shift(t, 0.6)[0] == 0 and shift(t, 0.6)[-1] == 1 and torch.equal(shift(t, 1.0), t)
-    assert close(shift(shift(t, 0.6), 1 / 0.6), t) and (shift(t, 0.6)[1:-1] < t[1:-1]).all()
+    low = shift(t, 0.6)
+    assert low[0] == 0 and low[-1] == 1 and (low[1:-1] < t[1:-1]).all()
+    assert torch.equal(shift(t, 1.0), t)
+    assert close(shift(low, 1 / 0.6), t)
 
 
-def test_resampling_starts_where_the_paper_says():  # Eqs. (6), (7): s = 0.6 has median 0.375, 5-95 % 0.10-0.76
+def test_resampling_starts_where_the_paper_says():
+    """Eqs. (6), (7): with s = 0.6, t_s has the median 0.375 and 5-95 % of 0.10-0.76."""
     torch.manual_seed(0)
     t_s = shift(logit_normal(200_000).double(), 0.6)
     normal = torch.distributions.Normal(0, 1)
-    for q in (0.05, 0.5, 0.95):
+    for q, stated in ((0.05, 0.10), (0.5, 0.375), (0.95, 0.76)):
         u = torch.sigmoid(normal.icdf(torch.tensor(q, dtype=torch.float64)))
         assert abs(t_s.quantile(q) - 0.6 * u / (1 - 0.4 * u)) < 0.005
-    assert abs(t_s.quantile(0.5) - 0.375) < 0.005 and abs(t_s.quantile(0.05) - 0.10) < 0.01
-    assert abs(t_s.quantile(0.95) - 0.76) < 0.01
+        assert abs(t_s.quantile(q) - stated) < 0.01
+
+
+class Exact(Recorder):
+    """Predicts eps - x for known clean frames x, plus an error (N,) per frame."""
+
+    def __init__(self, x, error):
+        super().__init__()
+        self.x, self.error = x, error[:, None, None, None]
+
+    def __call__(self, x_t, t, c, history=None, cache=None, first=0):
+        super().__call__(x_t, t, c, history)
+        return (x_t - self.x) / t[..., None, None, None] + self.error
 
 
 def test_the_loss_is_the_distance_of_v_to_eps_minus_x():  # Eq. (4)
+    x, other, _, c = clip()
+    exact = Exact(x, torch.zeros(6))
+    assert flow_matching_loss(exact, x, c, other[:, :-1]) < 1e-20, "x is the target, not history"
+    _, t, history, _ = exact.calls[0]
+    assert t.shape == (2, 6) and len(t.unique()) == 12, "every frame has its own noise level"
+    assert torch.equal(history, other[:, :-1])
+
+
+def test_every_frame_counts_equally_in_the_loss():
     x, _, _, c = clip()
+    for frame in range(6):
+        error = torch.zeros(6)
+        error[frame] = 0.5
+        assert abs(flow_matching_loss(Exact(x, error), x, c, x[:, :-1]) - 0.25 / 6) < 1e-10
 
-    class Cheat(Recorder):
-        def __call__(self, x_t, t, c, history=None, cache=None, first=0):
-            super().__call__(x_t, t, c, history)
-            t = t[..., None, None, None]
-            return (x_t - x) / t + self.off  # (x_t - x) / t = eps - x
 
-    net = Cheat()
-    net.off = 0.0
-    assert flow_matching_loss(net, x, c, x[:, :-1]) < 1e-20
-    net.off = 0.5
-    assert abs(flow_matching_loss(net, x, c, x[:, :-1]) - 0.25) < 1e-10
-    _, t, history, _ = net.calls[0]
-    assert t.shape == (2, 6) and len(t.unique()) == 12, "every frame has a noise level of its own"
-    assert torch.equal(history, x[:, :-1])
+def test_the_time_shift_moves_the_noise_levels_of_the_loss():
+    x, _, _, c = clip()
+    levels = []
+    for s in (1.0, 3.0):
+        torch.manual_seed(0)
+        net = Recorder()
+        flow_matching_loss(net, x, c, x[:, :-1], s)
+        levels.append(net.calls[0][1])
+    assert close(levels[1], shift(levels[0], 3.0), 1e-6)
+
+
+def test_a_rollout_from_t_0_returns_its_input():
+    x, _, _, c = clip()
+    frames = list(rollout(tiny(), x, torch.zeros(2).double(), c, 3))
+    assert torch.equal(torch.cat(frames, 1), x)
+
+
+def test_a_rollout_from_t_1_is_generation():
+    """Against Euler written out, with no cache: all frames so far in one pass at every step."""
+    net, (_, noise, _, c) = tiny(), clip(N=4)
+    times = [shift(torch.tensor(1 - j / 5, dtype=torch.float64), 5.0) for j in range(6)]
+    done = noise[:, :0]
+    for i in range(4):
+        frame = noise[:, [i]]
+        for now, after in zip(times, times[1:]):
+            x = torch.cat([done, frame], 1)
+            v = net(x, now.expand(2, i + 1), c, done)[:, [i]]
+            frame = frame + (after - now) * v
+        done = torch.cat([done, frame], 1)
+    made = torch.cat(list(rollout(net, noise, torch.ones(2).double(), c, 5, 5.0)), 1)
+    assert close(made, done, 1e-9) and not made.requires_grad
+
+
+def test_a_rollout_goes_on_from_given_frames():
+    net, (_, noise, _, c) = tiny(), clip()
+    t = torch.ones(2).double()
+    whole = list(rollout(net, noise, t, c, 2))
+    rest = list(rollout(net, noise[:, 2:], t, c, 2, history=torch.cat(whole[:2], 1)))
+    assert close(torch.cat(rest, 1), torch.cat(whole[2:], 1))
+
+
+def test_a_video_is_noised_to_its_own_t_s():  # Algorithm 1, lines 2-3
+    x, _, _, _ = clip()
+    torch.manual_seed(3)
+    x_ts, t_s = rf.noise_to_t_s(x, 0.6)
+    torch.manual_seed(3)
+    u = torch.randn(2).sigmoid().double()
+    eps = torch.randn(x.shape, dtype=torch.float64)
+    assert close(t_s, 0.6 * u / (1 - 0.4 * u), 1e-6)
+    for b in range(2):
+        assert close(x_ts[b], (1 - t_s[b]) * x[b] + t_s[b] * eps[b])
+
+
+class Half(Recorder):
+    """v = x / 2."""
+
+    def __call__(self, x, t, c, history=None, cache=None, first=0):
+        super().__call__(x, t, c, history, cache, first)
+        return 0.5 * x
+
+
+def test_one_step_of_resampling_is_x_ts_minus_t_s_v():  # Eq. (5)
+    x, _, _, c = clip()
+    net = Half()
+    torch.manual_seed(3)
+    redrawn = self_resample(net, x, c)
+    torch.manual_seed(3)
+    x_ts, t_s = rf.noise_to_t_s(x, 0.6)
+    assert t_s.shape == (2,), "one t_s per video"
+    assert close(redrawn, x_ts * (1 - 0.5 * t_s[:, None, None, None, None]))
+    assert [first for *_, first in net.calls] == list(range(6)), "one forward per frame"
+    for i, (_, _, history, _) in enumerate(net.calls):
+        assert history is None if i == 0 else close(history, redrawn[:, [i - 1]])
+
+
+def test_resampling_steps_go_from_t_s_to_0_in_equal_parts():
+    x, _, _, c = clip()
+    net = Half()
+    torch.manual_seed(3)
+    self_resample(net, x, c, steps=4)
+    torch.manual_seed(3)
+    _, t_s = rf.noise_to_t_s(x, 0.6)
+    for call, part in zip(net.calls, (1, 0.75, 0.5, 0.25)):
+        assert close(call[1][:, 0], part * t_s)
+
+
+def test_resampling_carries_no_gradient_and_training_still_does():
+    net, (x, _, _, c) = tiny(), clip()
+    x.requires_grad_()
+    history = self_resample(net, x[:, :-1], c)
+    assert not history.requires_grad and history.shape == x[:, :-1].shape
+    flow_matching_loss(net, x.detach(), c, history).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert net.blocks[0].self_attn.k.weight.grad.abs().sum() > 0
+
+
+def test_autocast_keeps_the_gradient_after_resampling():
+    """The bf16 weights that autocast keeps must not be those made under no_grad."""
+    net, (x, _, _, c) = tiny().float(), (z.float() for z in clip())
+    with torch.autocast("cpu", torch.bfloat16):
+        flow_matching_loss(net, x, c, self_resample(net, x[:, :-1], c)).backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", HISTORY)
+def test_every_history_of_table_2_is_shaped_like_the_frames_and_has_no_gradient(name):
+    net, (x, _, _, c) = tiny(), clip()
+    made = HISTORY[name](net, x, c, 0.6, 2, 0.3)
+    assert made.shape == x.shape and not made.requires_grad
+    assert torch.equal(made, x) == (name == "teacher")
+
+
+def test_history_noise_has_a_level_per_frame_up_to_its_limit():
+    x = torch.zeros(4, 6, 3, 32, 32)
+    level = HISTORY["noise"](None, x, None, None, None, 0.3).std(dim=(2, 3, 4))
+    assert level.max() < 0.31 and level.min() < 0.1 < level.max()
+    assert (level.std(dim=1) > 0.02).all(), "the frames of one video differ"
+    assert (HISTORY["noise"](None, x + 1, None, None, None, 0.0) == 1).all()
+
+
+def test_histories_obey_s_and_steps():
+    x, _, _, c = clip()
+    for name in ("parallel", "resample"):
+        levels = []
+        for s, steps in ((0.6, 1), (3.0, 2)):
+            net = Recorder()
+            torch.manual_seed(0)
+            HISTORY[name](net, x, c, s, steps, 0)
+            levels.append([call[1][:, 0] for call in net.calls])
+        u = shift(levels[0][0], 1 / 0.6)
+        assert close(levels[1][0], shift(u, 3.0), 1e-6), name
+        assert len(levels[1]) == 2 * len(levels[0]), name
+
+
+def test_errors_compound_in_resampling_and_not_in_parallel():
+    net, (x, _, _, c) = tiny(), clip()
+    made = {}
+    for name in ("parallel", "resample"):
+        torch.manual_seed(0)
+        made[name] = HISTORY[name](net, x, c, 0.6, 1, 0)
+    assert close(made["parallel"][:, 0], made["resample"][:, 0])
+    assert not close(made["parallel"][:, 2:], made["resample"][:, 2:], 1e-3)
+
+    torch.manual_seed(0)
+    x_ts, t_s = rf.noise_to_t_s(x, 0.6)
+    v = net(x_ts, t_s[:, None].expand(2, 6), c, x[:, :-1])
+    assert close(made["parallel"], x_ts - t_s[:, None, None, None, None] * v)
+
+
+class Counter:
+    """A source of random numbers that counts its draws and returns ones."""
+
+    def __init__(self):
+        self.draws = []
+
+    def rand(self, *shape, device=None, dtype=None):
+        self.draws.append(("rand", shape))
+        return torch.ones(shape, device=device, dtype=dtype)
+
+    def randn(self, *shape, device=None, dtype=None):
+        self.draws.append(("randn", shape))
+        return torch.ones(shape, device=device, dtype=dtype)
+
+
+def test_every_draw_comes_from_the_given_source():
+    net, (x, _, _, c) = tiny(), clip()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for name, draws in (("teacher", 0), ("noise", 2), ("parallel", 2), ("resample", 2)):
+        rng = Counter()
+        HISTORY[name](net, x, c, 0.6, 1, 0.3, rng)
+        assert len(rng.draws) == draws, name
+    rng = Counter()
+    flow_matching_loss(net, x, c, x[:, :-1], rng=rng)
+    self_resample(net, x, c, rng=rng)
+    assert rng.draws == [("randn", (2, 6)), ("randn", x.shape), ("randn", (2,)), ("randn", x.shape)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_guidance_of_1_is_none_and_more_is_more():
+    net, (x, noise, t, c) = tiny(), clip()
+    null = torch.zeros(3, 5).double()
+    history = x[:, :-1]
+    v, v_null = net(noise, t, c, history), net(noise, t, null.expand_as(c), history)
+    assert close(Guided(net, null, 1.0)(noise, t, c, history), v, 1e-12)
+    assert close(Guided(net, null, 3.0)(noise, t, c, history), v_null + 3 * (v - v_null))
+
+    guided = Guided(net, null, 3.0)
+    guided(noise, t, c, history)
+    assert close(guided(noise, t, c + 1, history), Guided(net, null, 3.0)(noise, t, c + 1, history))
+
+    guided = list(rollout(Guided(net, null, 1.0), noise, torch.ones(2).double(), c, 2))
+    plain = list(rollout(net, noise, torch.ones(2).double(), c, 2))
+    assert close(torch.cat(guided, 1), torch.cat(plain, 1), 1e-9)
+
+
+# ---- routing.py ----
 
 
 def test_the_mask_is_figure_3c():
@@ -126,19 +401,244 @@ def test_the_mask_is_figure_3c():
         # # #       . . . #"""
     rows = [[mark == "#" for mark in line.split()] for line in picture.strip().splitlines()[1:]]
     past, own = sparse_causal_mask(0, 3, 4, 0)
-    assert torch.equal(past | own, torch.tensor(rows)) and not (past & own).any() and (own.sum(1) == 1).all()
+    assert torch.equal(past | own, torch.tensor(rows))
+    assert not (past & own).any() and (own.sum(1) == 1).all()
 
 
 def test_the_mask_of_a_cached_pass_is_the_last_rows_of_the_whole():
     past, own = sparse_causal_mask(2, 1, 1, 3)  # frames 0, 1 cached, 2 entering, 3 noisy
     assert past.tolist() == [[True, True, False, False], [True, True, True, False]]
     assert own.tolist() == [[False, False, True, False], [False, False, False, True]]
-    past, _ = sparse_causal_mask(2, 0, 1, 7)
-    assert past.tolist() == [[True, True, False]], "however much smaller the numbers are"
-    past, _ = sparse_causal_mask(0, 3, 4, 0, window=1)
-    assert past.int()[:, :3].tolist() == [[0] * 3, [1, 0, 0], [0, 1, 0], [0] * 3, [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_a_frame_sees_smaller_numbers_only_and_all_of_them_without_a_window():
     past, _ = sparse_causal_mask(5, 0, 2, 3)
-    assert past.tolist() == [[True] * 3 + [False] * 4, [True] * 4 + [False] * 3], "a noisy frame sees smaller numbers only"
+    assert past.tolist() == [[True] * 3 + [False] * 4, [True] * 4 + [False] * 3]
+    past, _ = sparse_causal_mask(2, 0, 1, 7)
+    assert past.tolist() == [[True, True, False]]
+
+
+def test_a_window_is_the_last_frames():
+    past, _ = sparse_causal_mask(0, 3, 4, 0, window=1)
+    history, noisy = past.int()[:3, :3].tolist(), past.int()[3:, :3].tolist()
+    assert history == [[0, 0, 0], [1, 0, 0], [0, 1, 0]]
+    assert noisy == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def random_passes(seed, count, most_tokens):
+    """Tables of `sparse_causal_mask` of all kinds: (past, own, tokens a frame)."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        cached, history = rng.choice((0, 0, rng.randint(1, 6))), rng.randint(0, 6)
+        noisy = rng.randint(1 if history == 0 else 0, 6)
+        first = rng.choice((0, cached, cached + history, rng.randint(0, 14)))
+        window = rng.choice((None, None, 1, 2, 5))
+        P = rng.choice((1, 2, 3, 5, 8, 16, rng.randint(1, most_tokens)))
+        yield *sparse_causal_mask(cached, history, noisy, first, window=window), P
+
+
+def qkv(past, P, E=4, dtype=torch.float64, gradient=True, B=1, H=2):
+    R, S = past.shape
+    torch.manual_seed(R + S + P)
+    shapes = (B, H, R, P, E), (B, H, S, P, E), (B, H, S, P, E)
+    return [torch.randn(shape, dtype=dtype, requires_grad=gradient) for shape in shapes]
+
+
+def outputs_and_gradients(attention, q, k, v, *args):
+    out = attention(q, k, v, *args)
+    return [out, *torch.autograd.grad(out.cos().sum(), (q, k, v))]
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-10), (torch.float32, 2e-5)))
+@pytest.mark.parametrize("top_k", (None, 1, 3))
+def test_attention_is_its_definition_for_every_table(top_k, dtype, tolerance):
+    """Outputs with and without gradients, and the gradients."""
+    for past, own, P in random_passes(f"{top_k}{dtype}", 50, 24):
+        q, k, v = qkv(past, P, dtype=dtype)
+        wanted = outputs_and_gradients(attend_masked, q, k, v, past, own, top_k)
+        came = outputs_and_gradients(attend, q, k, v, past, own, top_k)
+        with torch.no_grad():
+            came.append(attend(q, k, v, past, own, top_k))
+        for a, b in zip(came, [*wanted, wanted[0]]):
+            assert close(a, b, tolerance), (past.shape, P)
+
+
+@pytest.mark.parametrize("P", (64, 100, 200))
+@pytest.mark.parametrize("window", (None, 2))
+@pytest.mark.parametrize("cached, history, noisy", ((0, 5, 6), (4, 1, 1), (4, 0, 1), (2, 3, 0)))
+def test_attention_is_its_definition_with_many_tokens(cached, history, noisy, window, P):
+    past, own = sparse_causal_mask(cached, history, noisy, cached, window=window)
+    q, k, v = qkv(past, P, dtype=torch.float32, gradient=False, H=1)
+    for top_k in (None, 2):
+        assert close(
+            attend(q, k, v, past, own, top_k), attend_masked(q, k, v, past, own, top_k), 2e-5
+        )
+
+
+@pytest.mark.parametrize("cached, history", ((0, 0), (3, 1), (4, 0)))
+def test_a_pass_of_a_rollout_needs_no_mask_and_copies_no_cache(cached, history):
+    past, own = sparse_causal_mask(cached, history, 1, cached + history)
+    _, k, _ = qkv(past, 3, gradient=False)
+    for _, columns, all_visible in routing.row_groups(past, own):
+        tokens = routing.gather_frames(k, k.unbind(2), columns)
+        assert all_visible and tokens.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+
+
+def slow_route(q, k, past, top_k):
+    """Eq. (9) in loops."""
+    B, H, R, P, _ = q.shape
+    chosen = torch.zeros(B, H, R, P, k.shape[2], dtype=torch.bool)
+    for b, h, r, p in np.ndindex(B, H, R, P):
+        score = {}
+        for j in range(k.shape[2]):
+            if past[r, j]:
+                mean = sum(k[b, h, j, s] for s in range(P)) / P
+                score[j] = (q[b, h, r, p] * mean).sum().item()
+        for j in sorted(score, key=lambda j: -score[j])[:top_k]:
+            chosen[b, h, r, p, j] = True
+    return chosen
+
+
+def slow_attend(q, k, v, past, own, top_k):
+    """Eq. (8) in loops: each token alone with the frames that it sees."""
+    chosen = slow_route(q, k, past, top_k or 99)
+    B, H, R, P, E = q.shape
+    out = []
+    for b, h, r, p in np.ndindex(B, H, R, P):
+        frames = [j for j in range(k.shape[2]) if own[r, j] or chosen[b, h, r, p, j]]
+        keys, values = k[b, h, frames].reshape(-1, E), v[b, h, frames].reshape(-1, E)
+        out.append(torch.softmax(keys @ q[b, h, r, p] / E**0.5, 0) @ values)
+    return torch.stack(out).view(B, H, R, P, E)
+
+
+@pytest.mark.parametrize("shape", ((0, 3, 4, 0), (2, 1, 1, 3), (2, 0, 1, 2), (5, 2, 3, 4)))
+@pytest.mark.parametrize("top_k", (None, 1, 2, 9))
+def test_the_definition_is_equation_8_in_loops(shape, top_k):
+    past, own = sparse_causal_mask(*shape)
+    q, k, v = qkv(past, 3)
+    wanted = outputs_and_gradients(slow_attend, q, k, v, past, own, top_k)
+    came = outputs_and_gradients(attend_masked, q, k, v, past, own, top_k)
+    assert all(close(a, b) for a, b in zip(came, wanted))
+
+
+def test_routing_is_equation_9():
+    torch.manual_seed(0)
+    past, own = sparse_causal_mask(1, 4, 5, 1)
+    q, k = torch.randn(2, 3, 9, 4, 6), torch.randn(2, 3, 10, 4, 6)
+    for top_k in (1, 3):
+        chosen = route(q, k, past, top_k)
+        assert torch.equal(chosen, slow_route(q, k, past, top_k))
+        wanted = past.sum(1).clamp(max=top_k)[:, None].expand(2, 3, 9, 4)
+        assert torch.equal(chosen.sum(-1), wanted), "up to k"
+        assert not (chosen & own[:, None]).any(), "the own frame is not counted"
+    assert (chosen[:, 0] != chosen[:, 1]).any(), "per head"
+    assert (chosen[..., 0, :] != chosen[..., 1, :]).any(), "per token"
+
+
+def test_routing_to_all_frames_is_dense():
+    past, own = sparse_causal_mask(1, 4, 5, 1)
+    q, k, v = qkv(past, 4)
+    assert close(attend(q, k, v, past, own, 9), attend(q, k, v, past, own))
+
+
+def test_routing_scores_are_fp32_and_carry_no_gradient():
+    torch.manual_seed(0)
+    past, _ = sparse_causal_mask(0, 5, 6, 0)
+    q, k = torch.randn(2, 4, 8, 11, 16, 32).bfloat16()
+    score = q.double() @ k.double().mean(-2)[:, :, None].mT  # (B, H, R, P, S)
+    score = score.masked_fill(~past[:, None], -torch.inf)
+    wanted = (score >= score.topk(2).values[..., -1:]) & past[:, None]
+    assert torch.equal(route(q, k, past, 2), wanted), "of bf16 queries and keys"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(route(q.float(), k.float(), past, 2), wanted), "under autocast"
+    assert not route(q.float().requires_grad_(), k.float(), past, 2).requires_grad
+    assert torch.equal(route(q, None, past, 2, k.float().mean(-2)), wanted), "of known mean keys"
+
+
+def test_tables_made_while_sampling_serve_training():
+    with torch.inference_mode():
+        past, own = sparse_causal_mask(0, 2, 3, 0, window=97)
+        attend(*qkv(past, 2, gradient=False), past, own)
+    q, k, v = qkv(past, 2)
+    attend(q, k, v, past, own).sum().backward()
+    assert q.grad is not None
+
+
+def test_block_masks_are_the_frame_tables():
+    """FlexAttention's full blocks are fully visible, its skipped blocks fully hidden."""
+    for past, own, P in random_passes("blocks", 60, 150):
+        tokens = (past | own).repeat_interleave(P, 0).repeat_interleave(P, 1)
+        for size in (16, 128):
+            mask = routing.frame_block_mask(past, own, P, size)
+            for i, rows in enumerate(tokens.split(size)):
+                blocks = rows.split(size, dim=1)
+                partial = listed_blocks(mask.kv_num_blocks, mask.kv_indices, i)
+                full = listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, i)
+                assert partial | full == {j for j, block in enumerate(blocks) if block.any()}
+                assert not partial & full
+                assert all(blocks[j].all() and blocks[j].shape == (size, size) for j in full)
+                whole = {j for j, z in enumerate(blocks) if z.all() and z.shape == (size, size)}
+                assert full == whole, "what is fully visible needs no mask"
+
+
+def listed_blocks(counts, indices, row):
+    return {*indices[0, 0, row, : counts[0, 0, row]].tolist()}
+
+
+@pytest.mark.parametrize("shape, window", (((0, 5, 6, 0), None), ((3, 1, 4, 4), 2)))
+def test_flex_attention_with_its_block_mask_is_the_definition(shape, window):
+    past, own = sparse_causal_mask(*shape, window=window)
+    q, k, v = qkv(past, 33, E=8, dtype=torch.float32, gradient=False)
+    mask = routing.frame_block_mask(past, own, 33)
+    out = flex_attention(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask)
+    assert close(out.unflatten(2, (-1, 33)), attend_masked(q, k, v, past, own), 1e-5)
+
+
+@pytest.mark.parametrize("top_k", (1, 3, 9))
+def test_routed_queues_are_the_definition(top_k):
+    """Outputs and gradients."""
+    for past, own, P in random_passes(f"queues{top_k}", 30, 12):
+        q, k, v = qkv(past, P)
+        wanted = outputs_and_gradients(attend_masked, q, k, v, past, own, top_k)
+        came = outputs_and_gradients(routing.attend_picked, q, k, v, past, own, top_k)
+        assert all(close(a, b) for a, b in zip(came, wanted)), (past.shape, P)
+
+
+def test_routed_queues_keep_no_copy_of_the_queries():
+    past, own = sparse_causal_mask(0, 7, 8, 0)
+    q, k, v = qkv(past, 8, E=64, dtype=torch.float32)
+    kept = {}
+    for top_k in (1, 5):
+        kept[top_k] = bytes_kept(lambda k_=top_k: routing.attend_picked(q, k, v, past, own, k_))
+    assert kept[5] < 1.2 * kept[1] < 5 * 4 * q.numel(), "q, k, v, the output and the picks"
+
+
+def test_blocks_of_a_queue_hold_every_pair_that_attends():
+    torch.manual_seed(0)
+    for P, columns in ((7, 9), (50, 4)):
+        frame = torch.randint(columns, (2, 3, 5 * P)).sort(-1).values
+        mask = routing.queue_block_mask(frame, columns * P, P, size=16)
+        seen = frame[..., None] == torch.arange(columns * P) // P
+        dense = mask.to_dense().bool().repeat_interleave(16, 2).repeat_interleave(16, 3)
+        dense = dense[:, :, : seen.shape[2], : seen.shape[3]]
+        assert (dense | ~seen).all() and dense.float().mean() < 0.7, "no pair lost, many skipped"
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@needs_cuda
+@pytest.mark.parametrize("top_k", (None, 1, 3))
+def test_what_runs_on_cuda_is_the_definition(top_k):
+    for past, own, P in random_passes(f"cuda{top_k}", 20, 150):
+        q, k, v = (z.detach().cuda().requires_grad_() for z in qkv(past, P, 32, torch.float32))
+        past, own = past.cuda(), own.cuda()
+        wanted = outputs_and_gradients(attend_masked, q, k, v, past, own, top_k)
+        came = outputs_and_gradients(attend, q, k, v, past, own, top_k)
+        assert all(close(a, b, 2e-2) for a, b in zip(came, wanted)), (past.shape, P)  # TF32
+
+
+# ---- model.py ----
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -149,12 +649,14 @@ def test_nothing_leaks_and_history_reaches_later_frames(top_k):
         changed = x.clone()
         changed[:, frame] += 1.0
         moved = (net(x_t, t, c, changed[:, :-1]) - v).abs().amax((0, 2, 3, 4))
-        assert (moved[:frame + 1] == 0).all(), "a frame saw the future or its own clean copy"
-        assert moved[frame + 1] > 1e-6 and (top_k or (moved[frame + 1:] > 1e-6).all())
+        assert (moved[: frame + 1] == 0).all(), "no frame sees the future or its own clean copy"
+        assert moved[frame + 1] > 1e-6 and (top_k or (moved[frame + 1 :] > 1e-6).all())
+
         changed = x_t.clone()
         changed[:, frame] += 1.0
         moved = (net(changed, t, c, x[:, :-1]) - v).abs().amax((0, 2, 3, 4))
-        assert moved[frame] > 1e-6 and (moved[:frame] == 0).all() and (moved[frame + 1:] == 0).all()
+        assert moved[frame] > 1e-6, "a noisy frame sees itself"
+        assert (moved[:frame] == 0).all() and (moved[frame + 1 :] == 0).all(), "and no other"
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -162,11 +664,12 @@ def test_nothing_leaks_and_history_reaches_later_frames(top_k):
 def test_training_in_parallel_is_sampling_frame_by_frame(chunk, top_k, window):
     net, (x, x_t, t, c) = tiny(chunk, top_k, window=window), clip(chunk)
     together = net(x_t, t, c, x[:, :-1])
-    for kept in {None, window and window + 1}:  # the newest frame in the cache has a window of its own
-        cache, one_by_one = net.cache(2, 6, kept), []
+    for kept in {None, window and window + 1}:  # the cache's newest frame has its own window
+        cache, frames = net.cache(2, 6, kept), []
         for i in range(6):
-            one_by_one.append(net(x_t[:, [i]], t[:, [i]], c, x[:, [i - 1]] if i else None, cache, first=i))
-        assert close(torch.cat(one_by_one, 1), together) and together.std() > 0.1
+            history = x[:, [i - 1]] if i else None
+            frames.append(net(x_t[:, [i]], t[:, [i]], c, history, cache, first=i))
+        assert close(torch.cat(frames, 1), together) and together.std() > 0.1
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -175,9 +678,9 @@ def test_a_pass_that_fills_the_cache_may_be_fused_with_the_next_step(top_k):
     fused, apart = net.cache(2, 6), net.cache(2, 6)
     for i in range(6):
         history = x[:, [i - 1]] if i else None
-        a = net(x_t[:, [i]], t[:, [i]], c, history, fused, first=i)
+        v = net(x_t[:, [i]], t[:, [i]], c, history, fused, first=i)
         net(x[:, :0], t[:, :0], c, history, apart, first=i)
-        assert close(a, net(x_t[:, [i]], t[:, [i]], c, None, apart, first=i))
+        assert close(v, net(x_t[:, [i]], t[:, [i]], c, None, apart, first=i))
 
 
 def test_several_given_frames_enter_in_one_pass():
@@ -193,742 +696,242 @@ def test_a_chunk_is_frames_that_see_each_other():
     net, (x, x_t, t, c) = tiny(chunk=3), clip(chunk=3)
     changed = x_t.clone()
     changed[:, 1, 4:] += 1.0  # the last latent of chunk 1
-    moved = (net(changed, t, c, x[:, :-1]) - net(x_t, t, c, x[:, :-1])).abs().amax((0, 3, 4))
+    moved = net(changed, t, c, x[:, :-1]) - net(x_t, t, c, x[:, :-1])
+    moved = moved.abs().amax((0, 3, 4))
     assert (moved[1] > 1e-6).all() and (moved[[0, 2, 3, 4, 5]] == 0).all()
 
 
-PASSES = [(0, 5, 6, 0, 7), (3, 1, 1, 4, 5), (0, 0, 1, 0, 3), (4, 0, 1, 4, 3), (0, 2, 3, 0, 130), (2, 3, 4, 2, 33), (2, 0, 3, 2, 9)]
-
-
-@pytest.mark.parametrize("window", (None, 2))
-@pytest.mark.parametrize("cached, history, noisy, first, P", PASSES)
-def test_block_masks_are_the_frame_tables(cached, history, noisy, first, P, window):
-    past, own = sparse_causal_mask(cached, history, noisy, first, window=window)
-    tokens = (past | own).repeat_interleave(P, 0).repeat_interleave(P, 1)
-    for size in (16, 128):
-        mask = routing.dense_blocks((past | own).numpy().tobytes(), past.shape, P, "cpu", size)
-        for i, rows in enumerate(tokens.split(size)):
-            parts = [part for part in rows.split(size, dim=1)]
-            some, every = ({*indices[0, 0, i, :count[0, 0, i]].tolist()} for count, indices in (
-                (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)))
-            assert some | every == {j for j, part in enumerate(parts) if part.any()} and not some & every
-            assert all(parts[j].all() and parts[j].shape == (size, size) for j in every)
-    q, k, v = (torch.randn(1, 2, n, P, 8) for n in (len(past), past.shape[1], past.shape[1]))
-    out = flex_attention(*(z.flatten(2, 3) for z in (q, k, v)), block_mask=mask)
-    assert close(out.unflatten(2, (-1, P)), attend_masked(q, k, v, past, own), 1e-5)
-    odd = past | own
-    odd[-2:-1, 0] ^= True
-    if len(past) > 3:
-        with pytest.raises(ValueError, match="does not make"):
-            routing.dense_blocks(odd.numpy().tobytes(), past.shape, P, "cpu")
-
-
-@pytest.mark.parametrize("cached, history, noisy, first, P", PASSES)
-@pytest.mark.parametrize("top_k", (1, 3, 9))
-def test_a_queue_sorted_by_frame_is_routed_attention(cached, history, noisy, first, P, top_k):
-    torch.manual_seed(0)
-    past, own = sparse_causal_mask(cached, history, noisy, first)
-    q, k, v = (torch.randn(2, 3, n, P, 8, dtype=torch.float64, requires_grad=True)
-               for n in (len(past), past.shape[1], past.shape[1]))
-    results = []
-    for form in (attend_masked, routing.attend_picked):
-        out = form(q, k, v, past, own, top_k)
-        results.append([out, *torch.autograd.grad(out.cos().sum(), (q, k, v))])
-    assert all(close(a, b) for a, b in zip(*results))
-
-
-def test_routed_attention_keeps_no_copy_of_its_queries():
-    past, own = sparse_causal_mask(0, 7, 8, 0)
-    q, k, v = (torch.randn(1, 2, 15, 8, 64, requires_grad=True) for _ in range(3))
-    kept = [bytes_kept(lambda: routing.attend_picked(q, k, v, past, own, top_k)) for top_k in (1, 5)]
-    assert kept[1] < 1.2 * kept[0] < 5 * 4 * q.numel(), "q, k, v, the output and who was picked"
-
-
-def test_blocks_of_the_queue_hold_every_pair_that_attends():
-    torch.manual_seed(0)
-    for P, columns in ((7, 9), (50, 4)):
-        frame = torch.randint(columns, (2, 3, 5 * P)).sort(-1).values
-        mask = routing.picked_blocks(frame, columns * P, P, size=16)
-        seen = frame[..., None] == torch.arange(columns * P) // P
-        dense = mask.to_dense().bool().repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, :seen.shape[2], :seen.shape[3]]
-        assert (dense | ~seen).all() and dense.float().mean() < 0.7, "nothing is lost and much is skipped"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has gradients on CUDA alone, and there is none here")
-@pytest.mark.parametrize("cached, history, noisy, first, P", PASSES)
-@pytest.mark.parametrize("top_k", (None, 1, 3))
-def test_what_runs_on_cuda_is_the_definition(cached, history, noisy, first, P, top_k):
-    torch.manual_seed(0)
-    past, own = sparse_causal_mask(cached, history, noisy, first)
-    q, k, v = (torch.randn(2, 3, n, P, 32, device="cuda", requires_grad=True) for n in (len(past), past.shape[1], past.shape[1]))
-    results = []
-    for form in (attend_masked, attend):
-        out = form(q, k, v, past, own, top_k)
-        results.append([out, *torch.autograd.grad(out.cos().sum(), (q, k, v))])
-    assert all(close(a, b, 2e-2) for a, b in zip(*results))  # TF32
-
-
-def test_the_history_is_shown_at_t_0():
-    """A noisy frame at t = 0 next to the history is treated as the history is: their keys are the same."""
+def test_the_history_enters_at_t_0():
+    """A noisy frame at t = 0 has the keys of the same frame as history."""
     net, (x, _, t, c) = tiny(layers=1), clip()
-    seen = []
-    put = model_py.SelfAttention.forward
-    net.blocks[0].self_attn.k.register_forward_hook(lambda module, args, out: seen.append(out))
+    keys = []
+    net.blocks[0].self_attn.k.register_forward_hook(lambda module, args, out: keys.append(out))
     net(x, torch.zeros_like(t), c, x[:, :-1])
-    assert close(seen[0][:, :5], seen[0][:, 5:-1]) and put is model_py.SelfAttention.forward
     net(x, t, c, x[:, :-1])
-    assert not close(seen[1][:, :5], seen[1][:, 5:-1]) and close(seen[1][:, :5], seen[0][:, :5])
+    assert close(keys[0][:, :5], keys[0][:, 5:-1])
+    assert close(keys[1][:, :5], keys[0][:, :5]), "whatever t the noisy frames have"
+    assert not close(keys[1][:, :5], keys[1][:, 5:-1], 1e-3)
 
 
-def test_a_rollout_from_t_0_returns_its_input():
-    x, _, _, c = clip()
-    assert torch.equal(torch.cat(list(rollout(tiny(), x, torch.zeros(2).double(), c, 3)), 1), x)
+def test_diffusion_forcing_with_levels_of_0_is_teacher_forcing():
+    net, (x, x_t, t, c) = tiny(), clip()
+    history = x[:, :-1]
+    teacher = net(x_t, t, c, history)
+    assert torch.equal(net(x_t, t, c, history, history_t=torch.zeros(2, 5).double()), teacher)
+    levels = t[:, :-1].clone()
+    moved = (net(x_t, t, c, history, history_t=levels) - teacher).abs().amax((0, 2, 3, 4))
+    assert moved[0] == 0 and (moved[1:] > 1e-6).all()
 
-
-def test_a_rollout_from_t_1_is_generation():
-    """Against Euler written out, with no cache: all frames so far in one pass at every step."""
-    net, (_, noise, _, c) = tiny(), clip(N=4)
-    times, done = [shift(torch.tensor(1 - j / 5, dtype=torch.float64), 5.0) for j in range(6)], noise[:, :0]
-    for i in range(4):
-        frame = noise[:, [i]]
-        for now, after in zip(times, times[1:]):
-            x = torch.cat([done, frame], 1)
-            v = net(x, now.expand(2, i + 1), c, done)[:, [i]]
-            frame = frame + (after - now) * v
-        done = torch.cat([done, frame], 1)
-    made = torch.cat(list(rollout(net, noise, torch.ones(2).double(), c, 5, 5.0)), 1)
-    assert close(made, done, 1e-9) and not made.requires_grad
-
-
-def test_a_rollout_goes_on_from_given_frames():
-    net, (_, noise, _, c) = tiny(), clip()
-    whole = list(rollout(net, noise, torch.ones(2).double(), c, 2))
-    rest = list(rollout(net, noise[:, 2:], torch.ones(2).double(), c, 2, history=torch.cat(whole[:2], 1)))
-    assert close(torch.cat(rest, 1), torch.cat(whole[2:], 1))
-
-
-def test_one_step_of_resampling_is_x_ts_minus_t_s_v():  # Eq. (5)
-    class Half(Recorder):
-        def __call__(self, x, t, c, history=None, cache=None, first=0):
-            super().__call__(x, t, c, history, cache, first)
-            return 0.5 * x
-    x, _, _, c = clip()
-    net = Half()
-    torch.manual_seed(3)
-    redrawn = self_resample(net, x, c)
-    torch.manual_seed(3)
-    x_ts, t_s = rf.noise_to(x, 0.6)
-    assert t_s.shape == (2,), "one t_s per video"
-    assert close(redrawn, x_ts * (1 - 0.5 * t_s[:, None, None, None, None]))
-    assert len(net.calls) == 6 and [call[3] for call in net.calls] == list(range(6)), "one forward per frame"
-    for i, (_, _, history, _) in enumerate(net.calls):
-        assert history is None if i == 0 else close(history, redrawn[:, [i - 1]]), "on the frames just finished"
-
-
-def test_resampling_carries_no_gradient_and_training_still_does():
-    net, (x, _, _, c) = tiny(), clip()
-    x.requires_grad_()
-    history = self_resample(net, x[:, :-1], c)
-    assert not history.requires_grad and history.shape == x[:, :-1].shape
-    flow_matching_loss(net, x.detach(), c, history).backward()
-    assert all(p.grad is not None for p in net.parameters())
-    assert net.blocks[0].self_attn.k.weight.grad.abs().sum() > 0
-
-
-def test_autocast_keeps_the_gradient_after_resampling():  # the bf16 weights it keeps must not be those of no_grad
-    net, (x, _, _, c) = tiny().float(), (z.float() for z in clip())
-    with torch.autocast("cpu", torch.bfloat16):
-        flow_matching_loss(net, x, c, self_resample(net, x[:, :-1], c)).backward()
-    assert all(p.grad is not None and p.grad.norm() > 0 for p in net.parameters())
-
-
-def test_every_history_of_table_2():
-    net, (x, _, _, c) = tiny(), clip()
-    made = {name: method(net, x, c, 0.6, 2, 0.3) for name, method in HISTORY.items()}
-    assert list(HISTORY) == ["teacher", "noise", "parallel", "resample"] and torch.equal(made["teacher"], x)
-    assert all(h.shape == x.shape and not h.requires_grad for h in made.values())
-    off = (made["noise"] - x).abs().amax((2, 3, 4))
-    assert (off > 0).all() and off.max() < 0.3 * 6
-    class Zero(Recorder):
-        pass
-    torch.manual_seed(0)
-    a = HISTORY["parallel"](Zero(), x, c, 0.6, 1, 0)
-    torch.manual_seed(0)
-    b = HISTORY["resample"](Zero(), x, c, 0.6, 1, 0)
-    assert torch.equal(a, b), "with nothing learned from history, both only add noise"
-    torch.manual_seed(0)
-    a = HISTORY["parallel"](net, x, c, 0.6, 1, 0)
-    torch.manual_seed(0)
-    b = HISTORY["resample"](net, x, c, 0.6, 1, 0)
-    assert close(a[:, 0], b[:, 0]) and not close(a[:, 2:], b[:, 2:]), "errors compound in one and not in the other"
-
-
-def test_the_parallel_history_is_made_on_the_true_one():
-    net, (x, _, _, c) = tiny(), clip()
-    torch.manual_seed(0)
-    made = HISTORY["parallel"](net, x, c, 0.6, 1, 0)
-    torch.manual_seed(0)
-    x_ts, t_s = rf.noise_to(x, 0.6)
-    v = net(x_ts, t_s[:, None].expand(2, 6), c, x[:, :-1])
-    assert close(made, x_ts - t_s[:, None, None, None, None] * v)
-
-
-def test_the_warm_up_ends_at_its_step_and_the_share_is_a_share():
-    args = train.parse(["--warmup", "5", "--history", "noise"])
-    assert [train.history_at(step, args) is HISTORY["teacher"] for step in range(8)] == [True] * 5 + [False] * 3
-    args = train.parse(["--warmup", "0", "--resample-share", "0.25"])
-    used = sum(train.history_at(step, args) is HISTORY["resample"] for step in range(2000))
-    assert 0.2 < used / 2000 < 0.3
-
-
-def test_guidance_of_1_is_none_and_more_is_more():
-    net, (x, noise, t, c) = tiny(), clip()
     null = torch.zeros(3, 5).double()
-    assert close(Guided(net, null, 1.0)(noise, t, c, x[:, :-1]), net(noise, t, c, x[:, :-1]), 1e-12)
-    v, v_null = net(noise, t, c, x[:, :-1]), net(noise, t, null.expand_as(c), x[:, :-1])
-    assert close(Guided(net, null, 3.0)(noise, t, c, x[:, :-1]), v_null + 3 * (v - v_null))
-    by_hand = list(rollout(Guided(net, null, 1.0), noise, torch.ones(2).double(), c, 2))
-    assert close(torch.cat(by_hand, 1), torch.cat(list(rollout(net, noise, torch.ones(2).double(), c, 2)), 1), 1e-9)
+    guided = Guided(net, null, 1.0)(x_t, t, c, history, history_t=levels)
+    assert close(guided, net(x_t, t, c, history, history_t=levels))
 
 
-def slow_route(q, k, past, top_k):
-    """Eq. (9) in loops."""
-    B, H, rows, P, _ = q.shape
-    chosen = torch.zeros(B, H, rows, P, k.shape[2], dtype=torch.bool)
-    for b in range(B):
-        for h in range(H):
-            for r in range(rows):
-                for p in range(P):
-                    frames = [j for j in range(k.shape[2]) if past[r, j]]
-                    score = {j: (q[b, h, r, p] * sum(k[b, h, j, s] for s in range(P)) / P).sum().item() for j in frames}
-                    for j in sorted(frames, key=lambda j: -score[j])[:top_k]:
-                        chosen[b, h, r, p, j] = True
-    return chosen
+def test_t_is_seen_in_thousandths():
+    """The sinusoid is Wan's: cosines, then sines, of 1000 t at 1e4^(-i / half)."""
+    net, (_, x_t, t, c) = tiny(), clip()
+    seen = []
+    net.time_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(x_t, t, c)
+    for b, n in np.ndindex(2, 6):
+        angles = np.array([1000 * t[b, n].item() * 1e4 ** (-i / 8) for i in range(8)])
+        wanted = torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)]))
+        assert close(seen[0][b, n], wanted, 1e-9)
 
 
-def slow_attend(q, k, v, past, own, top_k):
-    """Eq. (8) in loops: each token alone with the frames that it sees."""
-    chosen = slow_route(q, k, past, top_k or 99)
-    B, H, rows, P, E = q.shape
-    out = []
-    for b, h, r, p in np.ndindex(B, H, rows, P):
-        frames = [j for j in range(k.shape[2]) if own[r, j] or chosen[b, h, r, p, j]]
-        keys, values = k[b, h, frames].reshape(-1, E), v[b, h, frames].reshape(-1, E)
-        out.append(torch.softmax(keys @ q[b, h, r, p] / E ** 0.5, 0) @ values)
-    return torch.stack(out).view(B, H, rows, P, E)
+def test_rope_turns_by_position_and_turns_add_up():
+    def at(frame, row, column):
+        return model_py.rope(32, *(torch.tensor([z]) for z in (frame, row, column)))
+
+    q, k = torch.randn(2, 32, dtype=torch.float64)
+    here, there, moved = at(3, 1, 2), at(10, 1, 2), at(7, 0, 0)
+    assert close(
+        model_py.rotate(model_py.rotate(k[None], here), moved), model_py.rotate(k[None], there)
+    )
+    assert here.shape == (1, 16)
+    a = (model_py.rotate(q[None], there) * model_py.rotate(k[None], here)).sum()
+    b = (model_py.rotate(q[None], moved) * k[None]).sum()
+    assert close(a, b), "only the distance counts"
 
 
-PASSES = [(0, 3, 4, 0), (2, 1, 1, 3), (2, 0, 1, 2), (5, 2, 3, 4), (0, 0, 1, 0)]
-
-
-@pytest.mark.parametrize("shape", PASSES)
-@pytest.mark.parametrize("top_k", [None, 1, 2, 9])
-def test_attention_is_its_definition_outputs_and_gradients(shape, top_k):
-    torch.manual_seed(0)
-    (cached, history, noisy, _), (past, own) = shape, sparse_causal_mask(*shape)
-    q = torch.randn(2, 2, history + noisy, 3, 4, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(2, 2, cached + history + noisy, 3, 4, dtype=torch.float64, requires_grad=True) for _ in "kv")
-    towards = torch.randn_like(q)
-    results = []
-    for attention in (attend, attend_masked, slow_attend):
-        out = attention(q, k, v, past, own, top_k)
-        results.append((out, *torch.autograd.grad((out * towards).sum(), (q, k, v))))
-    for a, b, c in zip(*results):
-        assert close(a, c) and close(b, c)
-    with torch.no_grad():
-        assert close(attend(q, k, v, past, own, top_k), results[0][0]), "without gradients, too"
-
-
-def test_routing_is_equation_9():
-    torch.manual_seed(0)
-    past, own = sparse_causal_mask(1, 4, 5, 1)
-    q, k = torch.randn(2, 3, 9, 4, 6), torch.randn(2, 3, 10, 4, 6)
-    for top_k in (1, 3):
-        chosen = route(q, k, past, top_k)
-        assert torch.equal(chosen, slow_route(q, k, past, top_k))
-        assert torch.equal(chosen.sum(-1), past.sum(1).clamp(max=top_k)[:, None].expand(2, 3, 9, 4)), "up to k"
-    assert not (chosen & own[:, None]).any(), "the own frame is not counted"
-    assert (chosen[:, 0] != chosen[:, 1]).any() and (chosen[..., 0, :] != chosen[..., 1, :]).any(), "per head and token"
-    v = torch.randn_like(k)
-    assert close(attend(q, k, v, past, own, 9), attend(q, k, v, past, own), 1e-6), "k >= all is dense"
-
-
-def test_routing_scores_are_fp32_and_carry_no_gradient():
-    past, _ = sparse_causal_mask(0, 5, 6, 0)
-    q, k = torch.randn(1, 2, 11, 8, 16).bfloat16(), torch.randn(1, 2, 11, 8, 16).bfloat16()
-    assert torch.equal(route(q, k, past, 2), route(q.float(), k.float(), past, 2))
-    assert not route(q.float().requires_grad_(), k.float(), past, 2).requires_grad
-
-
-def test_the_network_is_wan():
-    with torch.device("meta"):
-        net = CausalDiT(PRESETS["wan-1.3b"])
-    assert sum(p.numel() for p in net.parameters()) == 1_418_996_800 and len(net.state_dict()) == 825
-    names = set(net.state_dict())
-    assert {"patch_embedding.weight", "text_embedding.2.bias", "time_embedding.0.weight", "time_projection.1.weight",
-            "blocks.29.modulation", "blocks.0.self_attn.norm_q.weight", "blocks.0.cross_attn.o.bias",
-            "blocks.0.norm3.weight", "blocks.0.ffn.2.weight", "head.head.weight", "head.modulation"} <= names
-
-
-def test_wan_weights_load_by_either_name_and_wrong_ones_are_named(tmp_path):
-    net, other = tiny(), tiny()
-    for p in other.parameters():
-        torch.nn.init.normal_(p)
-    original = {k: v.reshape(24, 2, 1, 2, 2) if k == "patch_embedding.weight" else v for k, v in other.state_dict().items()}
-    diffusers = {}
-    for key, value in original.items():
-        for a, b in (("text_embedding.0", "condition_embedder.text_embedder.linear_1"), ("head.head", "proj_out"),
-                     ("text_embedding.2", "condition_embedder.text_embedder.linear_2"), ("norm3", "norm2"),
-                     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"), ("ffn.0", "ffn.net.0.proj"),
-                     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"), ("ffn.2", "ffn.net.2"),
-                     ("time_projection.1", "condition_embedder.time_proj"), ("head.modulation", "scale_shift_table"),
-                     ("modulation", "scale_shift_table"), ("self_attn", "attn1"), ("cross_attn", "attn2"), (".q.", ".to_q."),
-                     (".k.", ".to_k."), (".v.", ".to_v."), (".o.", ".to_out.0.")):
-            key = key.replace(a, b)
-        diffusers[key] = value
-    forcing = {"generator": {}, "generator_ema": {f"model.{k}": v for k, v in original.items()}}
-    for state in (original, diffusers, forcing):
-        torch.save(state, tmp_path / "wan.pth")
-        model_py.load_wan(net, tmp_path / "wan.pth")
-        assert same(dict(net.state_dict()), dict(other.state_dict()))
-    lacking = {k: v for k, v in original.items() if k != "head.head.bias"} | {"img_emb": torch.ones(1)}
-    torch.save(lacking | {"blocks.0.modulation": torch.ones(1, 6, 7)}, tmp_path / "wan.pth")
-    with pytest.raises(ValueError, match="Missing.*head.head.bias.*Unexpected.*img_emb.*mismatch for blocks.0.modulation"):
-        model_py.load_wan(net, tmp_path / "wan.pth")
-    (tmp_path / "wan.pth").write_text("junk")
-    torch.save({"generator": [1]}, tmp_path / "list.pth")
-    for path in (tmp_path / "wan.pth", tmp_path / "list.pth", tmp_path / "none.pth"):
-        with pytest.raises(ValueError, match=f"{path.name} cannot be read as weights"):
-            model_py.load_wan(net, path)
-
-
-def test_the_network_is_that_of_diffusers(tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers to compare with its WanTransformer3DModel")
-    torch.manual_seed(0)
-    theirs = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24,
-        freq_dim=256, ffn_dim=64, num_layers=2, cross_attn_norm=True).eval()
-    for p in theirs.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    theirs.save_pretrained(tmp_path / "transformer")
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_text("of the network alone is read what it needs")
-    ours = CausalDiT(Config(4, 32, 64, 2, 2, 2, 3, text_dim=24))
-    model_py.load_wan(ours, tmp_path)
-    x, c, t = torch.randn(2, 3, 4, 6, 8), torch.randn(2, 7, 24), torch.rand(2, 1)
-    with torch.no_grad():  # one frame of three latents: nothing is masked, as in theirs
-        v = ours(data.fold(x, 3), t, c)
-        expected = theirs(x.transpose(1, 2), 1000 * t[:, 0], c).sample.transpose(1, 2)
-    assert expected.std() > 0.1 and (data.unfold(v, 3) - expected).abs().max() < 5e-5 * expected.abs().max().clamp(min=1)
-
-
-def write_tiny_wan(folder):
-    """A diffusers folder with a random VAE, text encoder and tokenizer, each as small as it can be."""
-    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers ftfy for Wan's VAE and text")
-    transformers = pytest.importorskip("transformers", reason="pip install transformers for Wan's text encoder")
-    pytest.importorskip("ftfy", reason="pip install ftfy, which cleans Wan's prompts")
-    import tokenizers
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1)
-    config = transformers.UMT5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu")
-    words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", "a", "red", "boat"))}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    diffusers.WanPipeline(tokenizer, transformers.UMT5EncoderModel(config), vae,
-                          diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
-    return folder
-
-
-def test_from_mp4_to_latents_to_a_model_and_back(tmp_path, capsys):
-    wan = write_tiny_wan(tmp_path / "wan")
-    for name, frames in (("long", 20), ("short", 5)):
-        with writer(tmp_path / "clips" / f"{name}.mp4", 16) as out:
-            out(torch.rand(frames, 3, 48, 72) * 2 - 1)
-    (tmp_path / "clips/long.txt").write_text("a red boat")
-    (tmp_path / "clips/bad.mp4").write_text("no video")
-    flags = ["encode", str(tmp_path / "clips"), str(tmp_path / "latents"), "--wan", str(wan), "--size", "32x48", "--frames", "9"]
-    data.encode_folder(data.parse(flags))
-    out = capsys.readouterr().out
-    assert "bad.mp4 cannot be read" in out and "short.mp4 has 5 frames; wanted at least --frames 9" in out
-    files = sorted((tmp_path / "latents").iterdir())
-    assert [file.name for file in files] == ["long.mp4-0000.npz", "long.mp4-0001.npz"]
-    files[0].unlink()
-    before = files[1].stat().st_mtime_ns
-    data.encode_folder(data.parse(flags))
-    assert files[0].exists() and files[1].stat().st_mtime_ns == before, "what is finished is kept"
-    with pytest.raises(ValueError, match="none of the"):
-        data.encode_folder(data.parse([*flags[:-1], "13"]))
-    assert "long.mp4-0000.npz is there already, of another --frames" in capsys.readouterr().out
-    with np.load(files[0]) as file:
-        assert file["latents"].shape == (3, 16, 4, 6) and file["text"].shape == (512, 32)
-        assert abs(file["text"][:4]).sum() > 0 and not file["text"][4:].any(), "a red boat and its end, then zeros"
-    train.main(["--data", str(tmp_path / "latents"), "--frames", "3", "--patch", "2", "--dim", "64", "--layers", "1", "--batch", "2",
-                "--steps", "2", "--warmup", "1", "--sample-steps", "1", "--guidance", "1", "--out", str(tmp_path / "run")])
-    sample.main(["a red boat", "--checkpoint", str(tmp_path / "run"), "--wan", str(wan), "--frames", "4", "--steps", "1",
-                 "--given", str(tmp_path / "clips/long.mp4"), "--given-frames", "5", "--out", str(tmp_path / "out.mp4")])
-    assert "with the VAE's decoding" in capsys.readouterr().out
-    assert len(iio.imread(tmp_path / "out.mp4", plugin="pyav")) == 13, "two latents given and two made: 4 n - 3 frames"
-    for flags, wanted in ((["--wan", str(tmp_path / "clips")], "holds no model_index.json"), ([], "--wan PATH names their VAE")):
-        with pytest.raises(ValueError, match=wanted):
-            sample.main(["a red boat", "--checkpoint", str(tmp_path / "run"), *flags])
-
-
-def test_decoding_as_latents_come_is_decoding_all_at_once(tmp_path):
-    wan = data.Wan(write_tiny_wan(tmp_path))
-    video = torch.rand(1, 9, 3, 32, 48) * 2 - 1
-    latents = wan.encode(video)
-    one, several = wan.decoder(), wan.decoder()
-    assert latents.shape == (1, 3, 16, 4, 6) and one(latents).shape == video.shape
-    parts = [several(latents[:, :1]), several(latents[:, 1:])]
-    whole = wan.pipe.vae.decode((latents.transpose(1, 2) * wan.std + wan.mean)).sample.transpose(1, 2).clamp(-1, 1)
-    assert [part.shape[1] for part in parts] == [1, 8] and close(torch.cat(parts, 1), whole, 1e-5)
+def test_rope_splits_a_head_into_time_row_and_column():
+    """Width 32: 6 pairs for time, 5 for the row, 5 for the column; tokens run along rows."""
+    angles = model_py.token_angles(32, 2, (4,), 2, 3, torch.device("cpu"), torch.float64)[0]
+    for token in range(12):
+        latent, row, column = 8 + token // 6, token // 3 % 2, token % 3
+        wanted = [latent * 1e4 ** (-i / 6) for i in range(6)]
+        wanted += [row * 1e4 ** (-i / 5) for i in range(5)]
+        wanted += [column * 1e4 ** (-i / 5) for i in range(5)]
+        wanted = torch.tensor(wanted, dtype=torch.float64)
+        assert close(angles[token], torch.polar(torch.ones_like(wanted), wanted))
 
 
 def test_a_new_network_returns_zero_and_patches_come_back_in_place():
     torch.manual_seed(0)
     net = CausalDiT(Config(2, 48, 96, 2, 1, 2, 3, text_dim=5))
-    x = torch.randn(1, 2, 6, 4, 6)
-    assert (net(x, torch.rand(1, 2), torch.randn(1, 3, 5), x[:, :1]) == 0).all()
+    x, t, c = torch.randn(1, 2, 6, 4, 6), torch.rand(1, 2), torch.randn(1, 3, 5)
+    assert (net(x, t, c, x[:, :1]) == 0).all()
     torch.nn.init.normal_(net.head.head.weight)
-    v = net(x, torch.rand(1, 2), torch.randn(1, 3, 5), x[:, :1])
+    v = net(x, t, c, x[:, :1])
     assert v.shape == x.shape and v.dtype == torch.float32 and v.std(dim=(0, 1)).min() > 0
+
+
+def test_patches_are_ordered_as_wan_orders_them():
+    """In: (c p q), a convolution's order. Out: (p q c). Tokens run over time, rows, columns."""
+    config = Config(2, 24, 48, 2, 1, patch=2, chunk=3)
+    x = torch.randn(1, 2, 6, 4, 6)
+    tokens = model_py.patchify(x, config)
+    out = torch.randn(1, 2, 18, 8)
+    frames = model_py.unpatchify(out, config, rows=2)
+    for t, c, row, column in np.ndindex(3, 2, 4, 6):
+        token = t * 6 + row // 2 * 3 + column // 2
+        p, q = row % 2, column % 2
+        assert tokens[0, 1, token, c * 4 + p * 2 + q] == x[0, 1, 2 * t + c, row, column]
+        assert frames[0, 1, 2 * t + c, row, column] == out[0, 1, token, p * 4 + q * 2 + c]
+
+
+def test_a_block_is_wans_written_out():
+    """One frame of one token: self-attention is then its own value."""
+    torch.manual_seed(0)
+    block, E = tiny(layers=1).blocks[0], 12
+    x, e6 = torch.randn(24).double(), torch.randn(6, 24).double()
+    text = torch.randn(3, 24).double()
+
+    def layer_norm(z):
+        return (z - z.mean()) / (z.var(correction=0) + 1e-6).sqrt()
+
+    def rms_norm(z, weight):
+        return z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation[0] + e6
+    attn, cross = block.self_attn, block.cross_attn
+    wanted = x + gate1 * attn.o(attn.v(layer_norm(x) * (1 + scale1) + shift1))
+
+    h = layer_norm(wanted) * block.norm3.weight + block.norm3.bias
+    q = rms_norm(cross.q(h), cross.norm_q.weight)
+    k, v = rms_norm(cross.k(text), cross.norm_k.weight), cross.v(text)
+    heads = []
+    for head in (slice(0, E), slice(E, 2 * E)):
+        weight = torch.softmax(k[:, head] @ q[head] / E**0.5, 0)
+        heads.append(weight @ v[:, head])
+    wanted = wanted + cross.o(torch.cat(heads))
+
+    h = block.ffn[0](layer_norm(wanted) * (1 + scale2) + shift2)
+    h = 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
+    wanted = wanted + gate2 * block.ffn[2](h)
+
+    past, own = sparse_causal_mask(0, 0, 1, 0)
+    angles = torch.ones(1, 1, E // 2, dtype=torch.complex128)
+    out = block(x.view(1, 1, 1, 24), e6[None, None], angles, past, own, text[None], None)
+    assert close(out.flatten(), wanted)
+
+
+def test_autocast_changes_the_velocity_by_its_rounding():
+    net, (x, x_t, t, c) = tiny().float(), (z.float() for z in clip())
     with torch.autocast("cpu", torch.bfloat16):
-        low = net(x, torch.full((1, 2), 0.5), torch.zeros(1, 3, 5), x[:, :1])
-    high = net(x, torch.full((1, 2), 0.5), torch.zeros(1, 3, 5), x[:, :1])
-    assert low.dtype == torch.float32 and (low - high).norm() < 0.02 * high.norm()
+        low = net(x_t, t, c, x[:, :-1])
+    high = net(x_t, t, c, x[:, :-1])
+    assert low.dtype == torch.float32 and 0 < (low - high).norm() < 0.02 * high.norm()
 
 
-def test_rope_turns_by_position_and_turns_add_up():
-    here, there = (model_py.rope(32, torch.tensor([n]), torch.tensor([1]), torch.tensor([2])) for n in (3, 10))
-    q, k = torch.randn(2, 32, dtype=torch.float64)
-    moved = model_py.rope(32, torch.tensor([7]), torch.tensor([0]), torch.tensor([0]))
-    assert close(model_py.rotate(model_py.rotate(k[None], here), moved), model_py.rotate(k[None], there))
-    assert here.shape == (1, 16) and abs(here[0, 0].angle() - 3) < 1e-12, "the first pair turns by a radian per frame"
-    a = (model_py.rotate(q[None], there) * model_py.rotate(k[None], here)).sum()
-    b = (model_py.rotate(q[None], moved) * model_py.rotate(k[None], moved.conj() * moved)).sum()
-    assert close(a, b), "only the distance counts"
+def test_a_cache_reads_the_new_text_when_the_prompt_changes():
+    net, (_, x_t, t, c) = tiny(), clip(N=1)
+    cache, other = net.cache(2, 4), c + 1
+    net(x_t, t, c, None, cache)
+    assert close(net(x_t, t, other, None, cache), net(x_t, t, other))
+    assert close(net(x_t, t, c, None, cache), net(x_t, t, c))
+
+
+def test_a_pass_that_fails_leaves_the_cache_as_it_was():
+    net, (x, x_t, t, c) = tiny(), clip()
+    cache = net.cache(2, 6)
+    wanted = net(x_t[:, [1]], t[:, [1]], c, x[:, [0]], cache, first=1)
+    cache = net.cache(2, 6)
+    hook = net.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        net(x_t[:, [1]], t[:, [1]], c, x[:, [0]], cache, first=1)
+    hook.remove()
+    net.blocks[1]._forward_pre_hooks.clear()
+    assert cache.length == 0
+    assert close(net(x_t[:, [1]], t[:, [1]], c, x[:, [0]], cache, first=1), wanted)
+
+
+def test_a_cache_is_allocated_once():
+    net, (_, noise, _, c) = tiny(), clip()
+    cache, places = net.cache(2, 6), set()
+    for _ in rollout(net, noise, torch.ones(2).double(), c, 2, cache=cache):
+        places.add((cache.k.data_ptr(), cache.k.shape[3]))
+    assert len(places) == 1 and cache.k.shape[3] == 6
 
 
 @pytest.mark.parametrize("sink", [0, 1, 2])
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_a_window_keeps_positions_in_range_and_memory_flat(sink, chunk):
-    """A windowed rollout equals one whose cache holds just sink and window, placed as in a short video."""
+    """A windowed rollout equals one whose cache holds just sink and window, as in a short video."""
     net, (_, _, _, c) = tiny(chunk, layers=1), clip(chunk)
     noise = torch.randn(2, 9, 2 * chunk, 4, 6, dtype=torch.float64)
+    t = torch.ones(2).double()
     cache = net.cache(2, 9, window=4, sink=sink)
-    made, sizes = [], set()
-    for frame in rollout(net, noise, torch.ones(2).double(), c, 2, cache=cache):
+    made, places = [], set()
+    for frame in rollout(net, noise, t, c, 2, cache=cache):
         made.append(frame)
-        if len(made) > 1:
-            sizes.add((cache.k.shape, cache.k.data_ptr()))
+        places.add((cache.k.shape, cache.k.data_ptr()))
         assert cache.length <= 4
-    assert len(sizes) == 1 and cache.k.shape[3] == 5 and cache.first == 4
-    assert close(routing.describe(cache.k), cache.descriptor), "what routing asks is kept beside the keys"
-    keep = made[:sink] + made[8 - (4 - sink):8]
-    short = net.cache(2, 5)
-    again = list(rollout(net, noise[:, [8]], torch.ones(2).double(), c, 2, history=torch.cat(keep, 1), cache=short))
+    assert len(places) == 1 and cache.k.shape[3] == 5 and cache.first == 4
+    assert close(routing.describe(cache.k), cache.descriptor), "mean keys are kept beside the keys"
+
+    kept = torch.cat(made[:sink] + made[8 - (4 - sink) : 8], 1)
+    again = list(rollout(net, noise[:, [8]], t, c, 2, history=kept, cache=net.cache(2, 5)))
     assert close(again[0], made[8]), "with one layer, a key does not depend on what its frame saw"
 
 
-def test_a_window_drops_at_once_what_it_would_drop_anyway():
+def test_a_window_evicts_at_once_what_it_would_evict_anyway():
     net, (x, noise, _, c) = tiny(), clip()
-    cache = net.cache(2, 99, window=3, sink=1)
-    list(rollout(net, noise[:, :1], torch.ones(2).double(), c, history=x, cache=cache))
-    short = net.cache(2, 99)
-    v = list(rollout(net, noise[:, :1], torch.ones(2).double(), c, history=x[:, [0, 4, 5]], cache=short))
-    assert cache.length == 3 and cache.first == 3
-    both = [list(rollout(net, noise[:, :1], torch.ones(2).double(), c, 2, history=h, cache=net.cache(2, 99, window=3, sink=1)))[0]
-            for h in (x, x[:, [0, 4, 5]])]
-    assert close(*both) and v[0].shape == noise[:, :1].shape
+    made = []
+    for history in (x, x[:, [0, 4, 5]]):
+        cache = net.cache(2, 99, window=3, sink=1)
+        t = torch.ones(2).double()
+        made += rollout(net, noise[:, :1], t, c, 2, history=history, cache=cache)
+        assert cache.length == 3
+    assert close(*made)
 
 
 def test_a_cache_says_when_it_is_full_or_foreign():
     net, (x, x_t, t, c) = tiny(), clip()
     with pytest.raises(ValueError, match="6 finished frames in a cache for 3"):
         net(x_t[:, :1], t[:, :1], c, x, net.cache(2, 3), first=6)
-    with pytest.raises(ValueError, match="sink"):
+    with pytest.raises(ValueError, match="window of 2 frames with a sink of 2"):
         net.cache(2, 3, window=2, sink=2)
     with pytest.raises(ValueError, match="a pass of 2 videos on a cache for 4"):
         net(x_t[:, :1], t[:, :1], c, x[:, :1], net.cache(4, 3), first=1)
 
 
-def test_sprites_are_a_function_of_seed_split_and_index():
-    a, b = Sprites(seed=1), Sprites(seed=1)
-    assert torch.equal(a[5][0], b[5][0]) and torch.equal(a[5][1], b[5][1])
-    others = [Sprites(seed=2)[5], Sprites(seed=1, split="test")[5], a[6]]
-    assert all(not torch.equal(a[5][0], other[0]) for other in others)
-    assert torch.equal(Sprites(frames=40, seed=1)[5][0][:12], a[5][0]) and a[5][0].abs().max() <= 1
-    assert {a.caption(i) for i in range(200)}.isdisjoint({""}) and len({a.caption(i) for i in range(200)}) > 50
+@pytest.mark.parametrize(
+    "x, c, message",
+    (
+        ((1, 2, 3, 4, 4), (1, 3, 5), "frames of 3 channels"),
+        ((1, 2, 2, 4, 5), (1, 3, 5), "frames of 4 x 5; both must be multiples of the patch, 2"),
+        ((1, 2, 2, 4, 4), (1, 3, 7), "text of width 7; this model reads width 5"),
+    ),
+)
+def test_frames_and_text_of_another_shape_are_refused(x, c, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().float()(torch.zeros(x), torch.zeros(1, 2), torch.zeros(c))
 
 
-def test_sprites_go_to_worker_processes_as_they_are():
-    world = Sprites(8, 4)
-    here, there = world[3], pickle.loads(pickle.dumps(world))[3]
-    assert all(torch.equal(a, b) for a, b in zip(here, there))
-
-
-def test_sprites_move_straight_and_bounce():
-    world = Sprites()
-    for i in range(20):
-        _, _, at = world.scene(i, 40)
-        step = at[1:] - at[:-1]
-        margin = data.radius_of(16, False)
-        assert at.min() >= margin - 1e-4 and at.max() <= 16 - margin + 1e-4
-        turned = (step[1:] - step[:-1]).abs() > 1e-3
-        assert not (turned & ((at[1:-1] - 8).abs() < 8 - margin - 1.3)).any(), "a turn far from the edges"
-        assert (step.norm(dim=-1) <= data.SPEED[1] * 16 + 1e-3).all()
-
-
-def test_words_bind_and_nothing_is_zero():
-    words = Sprites().words
-    a, b = words("red circle and blue square"), words("blue circle and red square")
-    assert a.shape == (5, words.text_dim) and not torch.equal(a.sum(0), b.sum(0)), "even a sum of rows tells them apart"
-    assert (words("") == 0).all() and torch.equal(words("Red  circle!"), words("red circle"))
-    assert (Sprites(withheld=1.0)[0][1] == 0).all()
-
-
-def test_the_ruler_gives_truth_100_and_noise_0():
-    world = Sprites(frames=18, split="test")
-    video, captions = torch.stack([world[i][0] for i in range(6)]), [world.caption(i) for i in range(6)]
-    truth = measure(video, captions).nanmean((0, 1))
-    assert (truth > 95).all(), truth
-    torch.manual_seed(0)
-    noise = measure(torch.rand_like(video) * 2 - 1, captions).nanmean((0, 1))
-    assert (noise < 8).all(), noise
-    assert (measure(video[:, :1].expand_as(video), captions)[:, 2:, 1].nanmean() < 25), "standing still is not moving"
-
-
-def blurred(video, sigma):
-    g = torch.exp(-torch.arange(-4, 5.0) ** 2 / (2 * sigma ** 2))
-    pad = torch.nn.functional.pad(video.flatten(0, 2)[:, None], (4,) * 4, mode="replicate")
-    return torch.nn.functional.conv2d(pad, (g[:, None] * g / g.sum() ** 2)[None, None]).view_as(video)
-
-
-def test_the_ruler_tells_pixels_motion_and_names_apart():
-    world = Sprites(frames=18, split="test")
-    video, captions = torch.stack([world[i][0] for i in range(6)]), [world.caption(i) for i in range(6)]
-    truth, slight, strong = (measure(z, captions).nanmean((0, 1)) for z in (video, blurred(video, 0.6), blurred(video, 2)))
-    noise = measure(torch.rand_like(video) * 2 - 1, captions).nanmean((0, 1))
-    assert (truth >= slight - 1).all() and (slight > strong + 30).all() and (strong > noise + 10).all()
-    assert slight[0] < truth[0] - 10 and slight[1] > truth[1] - 10 and slight[2] > truth[2] - 2, "blur costs Visual"
-    wrong = measure(video[:, :, [2, 0, 1]], captions).nanmean((0, 1))
-    assert wrong[2] < truth[2] - 40, "other colours cost Text"
-    jump = measure(torch.cat([video[:, :5], video[:, 12:], video[:, 5:12]], dim=1), captions).nanmean((0, 1))
-    assert jump[1] < truth[1] - 15 and (jump - truth)[[0, 2]].abs().max() < 2, "a jump costs Temporal"
-
-
-def test_the_ruler_forgives_what_the_wall_hides():
-    for objects, size in ((1, 20), (2, 32)):
-        world = Sprites(size, 24, split="test", objects=objects, wall=True)
-        video, captions = torch.stack([world[i][0] for i in range(8)]), [world.caption(i) for i in range(8)]
-        assert (measure(video, captions, wall=True).nanmean((0, 1)) > 95).all()
-
-
-def test_behind_the_wall_there_is_something_to_remember():
-    world = Sprites(20, split="test", objects=1, wall=True)
-    hidden = [data.visible_share(at, shape.expand(24, 1), torch.ones(24, 1), 20, True)[:, 0] < 0.02
-              for _, shape, at in (world.scene(i, 24) for i in range(32))]
-    assert not torch.stack(hidden)[:, 0].any(), "all begin in sight"
-    gone = [z for z in hidden if z[3:-1].any() and not z[-1]]
-    assert len(gone) > 16 and np.mean([z.sum().item() for z in gone]) > 2, "most go out of sight for frames, and return"
-
-
-def run_train(folder, *flags):
-    train.main([*TINY, "--out", str(folder), *flags])
-    return torch.load(folder / "ckpt.pt", weights_only=True)
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
-
-
-def test_the_loss_falls_on_one_clip():
-    torch.manual_seed(0)
-    net = CausalDiT(Config(dim=64, ffn_dim=128, heads=2, layers=2))
-    x, c = (z[None].expand(4, *z.shape) for z in Sprites(frames=3)[0])
-    optimizer, losses = torch.optim.AdamW(net.parameters(), lr=3e-3), []
-    for _ in range(120):
-        loss = flow_matching_loss(net, x, c, x[:, :-1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > 1.2 and np.mean(losses[-10:]) < 0.25 * losses[0]
-
-
-def test_a_run_leaves_what_design_says(tmp_path, capsys):
-    state = run_train(tmp_path / "run", "--steps", "3", "--warmup", "1", "--sample-every", "2")
-    assert state["step"] == 3 and json.loads((tmp_path / "run/config.json").read_text())["history"] == "resample"
-    entries = log_of(tmp_path / "run")
-    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3] and any("held_out_loss" in e for e in entries)
-    seconds = [e["history_seconds"] for e in entries if "loss" in e]
-    assert seconds[0] < min(seconds[1:]) / 2, "the warm-up step took its history as it was"
-    for name in ("step_000002.gif", "step_000002.png", "final.gif", "final.png"):
-        assert (tmp_path / "run/samples" / name).stat().st_size > 100
-    assert iio.imread(tmp_path / "run/samples/final.gif").shape[0] == 16
-    out = capsys.readouterr().out
-    assert "parameters" in out and "FLOPs per teacher-forcing step" in out and "Temporal" in out and "0-15" in out
-
-
-@pytest.mark.parametrize("stopped", [2, 3])
-def test_resume_is_exact_across_the_warm_up(tmp_path, stopped, monkeypatch):
-    flags = ["--warmup", "3", "--history", "resample", "--ema", "0.9", "--accumulate", "2"]
-    whole = run_train(tmp_path / "whole", "--steps", "6", *flags)
-    saved = train.save
-
-    class Killed(Exception):
-        pass
-
-    def save_and_die(*args):
-        saved(*args)
-        raise Killed
-    monkeypatch.setattr(train, "save", save_and_die)
-    with pytest.raises(Killed):
-        run_train(tmp_path / "halves", "--steps", "6", "--save-every", str(stopped), *flags)
-    monkeypatch.setattr(train, "save", saved)
-    train.main(["--resume", "--out", str(tmp_path / "halves")])
-    halves = torch.load(tmp_path / "halves/ckpt.pt", weights_only=True)
-    for key in ("model", "ema", "optimizer", "step", "config"):
-        assert same(whole[key], halves[key]), key
-    losses = [[e["loss"] for e in log_of(tmp_path / name) if "loss" in e] for name in ("whole", "halves")]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
-
-
-def test_three_steps_and_three_more_are_six(tmp_path):
-    """With the learning rate still rising, --steps is only where to stop."""
-    whole = run_train(tmp_path / "whole", "--steps", "6", "--warmup", "2", "--lr-warmup", "10")
-    run_train(tmp_path / "part", "--steps", "3", "--warmup", "2", "--lr-warmup", "10")
-    train.main(["--resume", "--out", str(tmp_path / "part"), "--steps", "6"])
-    assert same(whole["model"], torch.load(tmp_path / "part/ckpt.pt", weights_only=True)["model"])
-
-
-def test_a_run_goes_on_though_a_full_disk_cut_its_log_and_never_backwards(tmp_path):
-    run_train(tmp_path, "--steps", "2", "--warmup", "1")
-    whole = (tmp_path / "log.jsonl").read_text()
-    (tmp_path / "log.jsonl").write_text(whole + '{"step": 3, "lo')
-    with pytest.raises(ValueError, match="--steps 1: the run in .* is already at step 2"):
-        train.main(["--resume", "--out", str(tmp_path), "--steps", "1"])
-    train.main(["--resume", "--out", str(tmp_path), "--steps", "3"])
-    log = (tmp_path / "log.jsonl").read_text()
-    assert log.startswith(whole) and [json.loads(line)["step"] for line in log.splitlines()][-2:] == [3, 3]
-
-
-def test_a_chunk_makes_the_default_clip_whole():
-    assert [train.parse(flags).frames for flags in ([], ["--chunk", "3"], ["--chunk", "3", "--frames", "60"])] == [10, 12, 60]
-
-
-def start(*command, cwd):
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-
-
-def test_sigterm_saves_and_resume_finds_the_latest(tmp_path):
-    process = start(HERE / "train.py", *TINY, "--steps", "100000", cwd=tmp_path)
-    log = tmp_path / "runs/001/log.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) > 2):
-        time.sleep(0.1)
-        assert process.poll() is None, process.stdout.read()
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "go on with: python train.py --resume" in out
-    step = torch.load(tmp_path / "runs/001/ckpt.pt", weights_only=True)["step"]
-    process = start(HERE / "train.py", "--resume", "--steps", step + 2, cwd=tmp_path)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and torch.load(tmp_path / "runs/001/ckpt.pt", weights_only=True)["step"] == step + 2, out
-
-
-def test_sharded_weights_make_the_same_steps_and_load_anywhere(tmp_path):
-    flags = [*TINY, "--batch", "4", "--warmup", "1", "--layers", "2", "--decay", "constant", "--accumulate", "2", "--lr", "1e-3"]
-    train.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "train.py", "--fsdp",
-                    *flags, "--steps", "3", "--recompute", "--out", tmp_path / "sharded", cwd=tmp_path)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    train.main(["--resume", "--steps", "4", "--out", str(tmp_path / "sharded")])
-    one, sharded = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("one", "sharded"))
-    for part in ("model", "ema"):
-        for key, value in one[part].items():
-            assert close(value, sharded[part][key], 2e-4), (part, key)
-    with pytest.raises(ValueError, match="torchrun --nproc-per-node N train.py --fsdp would work"):
-        train.main([*flags, "--fsdp", "--out", str(tmp_path / "alone")])
-
-
-def one_call_per_frame(q, k, v, past, own, top_k=None, descriptor=None):
-    """`attend`, slowly, with no work on what is masked out: its matrix products are those of the mask."""
-    rows = [F.scaled_dot_product_attention(q[:, :, r], *(z[:, :, (past | own)[r]].flatten(2, 3) for z in (k, v)))
-            for r in range(q.shape[2])]
-    return torch.stack(rows, dim=2)
-
-
-@pytest.mark.parametrize("chunk, steps", ((1, 1), (3, 1), (1, 3)))
-def test_the_plan_counts_the_flops_that_run(chunk, steps, monkeypatch, tmp_path):
-    monkeypatch.setattr(model_py, "attend", one_call_per_frame)
-    config = Config(channels=4, dim=48, ffn_dim=100, heads=2, layers=3, patch=2, chunk=chunk, text_dim=10)
-    args = train.parse(["--frames", str(4 * chunk), "--batch", "2", "--resample-steps", str(steps)])
-    args.height, args.width = 4, 6
-    net, x, c = CausalDiT(config), torch.randn(2, 4, 4 * chunk, 4, 6), torch.randn(2, 7, 10)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        flow_matching_loss(net, x, c, x[:, :-1])
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        self_resample(net, x[:, :-1], c, steps=steps)
-    parameters, teacher, resample, parts = train.plan(args, config, 7, 1)
-    assert abs(teacher / forward / 3 - 1) < 1e-9
-    assert abs((resample - teacher) / counter.get_total_flops() - 1) < 0.05, "but for the text, read once by the cache"
-    assert parts["weights"] == 4 * parameters == 4 * sum(p.numel() for p in net.parameters())
-
-
-def one_call(q, k, v, past, own, top_k=None, descriptor=None):
-    return F.scaled_dot_product_attention(*(z.flatten(2, 3) for z in (q, k, v))).view_as(q)
-
-
-def bytes_kept(run):
-    """What autograd keeps for backward of what `run` computes, every storage once."""
-    kept = {}
-
-    def keep(z):
-        storage = z.untyped_storage()
-        kept[storage.data_ptr()] = storage  # held, so that no other takes its place
-        return z
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda z: z):
-        run()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-@pytest.mark.parametrize("layers", (2, 5))
-def test_the_plan_counts_the_activations_that_backward_keeps(layers, monkeypatch):
-    monkeypatch.setattr(model_py, "attend", one_call)  # keeps what FlexAttention keeps
-    config = Config(channels=4, dim=32, ffn_dim=160, heads=2, layers=layers, patch=2, text_dim=10)
-    args = train.parse(["--frames", "6", "--batch", "2"])
-    args.height, args.width = 24, 32
-    net, x, c = CausalDiT(config), torch.randn(2, 6, 4, 24, 32), torch.randn(2, 7, 10)
-    with torch.autocast("cpu", torch.bfloat16):
-        kept = bytes_kept(lambda: net(x, torch.rand(2, 6), c, x[:, :-1]))
-    assert 0.9 < train.plan(args, config, 7, 1)[3]["activations"] / kept < 1.1
-
-
-def test_a_dry_run_says_what_fits_and_what_would_help(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for flags, wanted in ((["--gpus", "64", "--fsdp"], "this fits"), (["--frames", "63", "--gpus", "8"], "this does not fit; what would help: --fsdp")):
-        train.main(["--preset", "wan-1.3b", "--dry-run", *flags])
-        out = capsys.readouterr().out
-        assert "1,418,996,800 parameters" in out and wanted in out and not any(tmp_path.iterdir())
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="dim 48 .* 5 heads .*; a dim of 50 would work"):
+        Config(dim=48, heads=5)
+    for wrong in ({"layers": 0}, {"patch": -1}, {"top_k": 0}, {"dim": None}, {"heads": "two"}):
+        with pytest.raises(ValueError, match=f"{[*wrong][0]} is .*; wanted a number above 0"):
+            Config(**wrong)
 
 
 def test_compiled_blocks_change_nothing_and_are_not_compiled_anew_for_every_frame():
     def one_rollout(frames):
         return torch.cat([*rollout(net, x[:, :frames], torch.ones(2), c.float(), 2)], dim=1)
+
     net, (x, _, _, c) = tiny().float(), clip()
     x = torch.randn(2, 14, *x.shape[2:])
     plain, graphs = one_rollout(14), []
@@ -939,202 +942,584 @@ def test_compiled_blocks_change_nothing_and_are_not_compiled_anew_for_every_fram
     assert graphs[0] > 0 and graphs[1] == graphs[2]
 
 
-def test_recomputing_blocks_changes_no_gradient():
+def test_recomputing_blocks_keeps_less_and_changes_no_gradient():
     net, (x, history, t, c) = tiny(), clip()
-    grads = []
+    grads, kept = [], []
     for net.recompute in (False, True):
         net.zero_grad()
         net(x, t, c, history).square().sum().backward()
         grads.append([p.grad.clone() for p in net.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads)) and grads[0][0].abs().sum() > 0
-
-
-def test_two_processes_are_one(tmp_path):
-    flags = [*TINY, "--batch", "4", "--steps", "3", "--warmup", "1", "--accumulate", "1", "--lr", "1e-3"]
-    train.main([*flags, "--out", str(tmp_path / "one")])
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "train.py",
-                    *flags, "--out", tmp_path / "two", cwd=tmp_path)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    one, two = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("one", "two"))
-    assert one["model"].keys() == two["model"].keys()
-    for key in one["model"]:
-        assert close(one["model"][key], two["model"][key], 2e-4), key
-    for a, b in zip(log_of(tmp_path / "one")[:3], log_of(tmp_path / "two")[:3]):
-        assert abs(a["loss"] - b["loss"]) < 1e-4
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path, monkeypatch):
-    before = run_train(tmp_path / "run", "--steps", "2")
-    monkeypatch.setattr(train, "flow_matching_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(ValueError, match=r"at step 2: the weights were not touched; the last good checkpoint is .*ckpt.pt"):
-        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "4"])
-    assert same(before, torch.load(tmp_path / "run/ckpt.pt", weights_only=True))
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    before = run_train(tmp_path / "run", "--steps", "2")
-
-    def full(state, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ValueError, match="could not save step 3.*No space left.*--resume"):
-        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])
-    assert same(before, torch.load(tmp_path / "run/ckpt.pt", weights_only=True))
-    assert not list((tmp_path / "run").glob("*.part"))
-
-
-def test_init_starts_a_new_stage(tmp_path):
-    first = run_train(tmp_path / "one", "--steps", "2")
-    train.main([*TINY, "--out", str(tmp_path / "two"), "--init", str(tmp_path / "one"), "--steps", "1", "--lr", "1e-12",
-                "--top-k", "1"])
-    second = torch.load(tmp_path / "two/ckpt.pt", weights_only=True)
-    assert second["step"] == 1 and second["config"]["top_k"] == 1
-    assert all(close(first["ema"][k], second["model"][k], 1e-6) for k in first["ema"])
-
-
-@pytest.mark.parametrize("flags", [["--history", "noise"], ["--history", "parallel", "--resample-steps", "2"],
-                                   ["--history", "teacher"], ["--chunk", "2", "--top-k", "1"], ["--wall"],
-                                   ["--frames", "12", "--chunk", "3"], ["--precision", "bf16"]])
-def test_every_way_to_train(tmp_path, flags):
-    run_train(tmp_path / "run", "--steps", "2", "--warmup", "1", *flags)
-    assert all(np.isfinite(e["loss"]) for e in log_of(tmp_path / "run") if "loss" in e)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run that was trained a little, and routes."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    train.main([*TINY, "--out", str(folder), "--steps", "2", "--warmup", "1", "--top-k", "2"])
-    return folder
-
-
-def test_the_time_of_a_frame_is_printed_by_its_number(capsys):
-    seconds = [0.9] * 20 + [0.01] * 40 + [0.02] * 40
-    sample.print_speed(sample.parse(["--steps", "4", "--guidance", "1", "--device", "cpu"]), "100 frames", 100, seconds, seconds)
-    assert "10.0 ms (21 to 40), 10.0 ms (41 to 60), 20.0 ms (61 to 80), 20.0 ms (81 to 100)" in capsys.readouterr().out
-
-
-def test_prompts_become_videos_of_any_length(trained, tmp_path, capsys):
-    sample.main(["red circle", "blue square", "--checkpoint", str(trained), "--out", str(tmp_path), "--frames", "9",
-                 "--steps", "2", "--window", "3", "--sink", "1", "--samples", "2"])
-    videos = sorted(tmp_path.glob("*.mp4"))
-    assert len(videos) == 4 and all(len(iio.imread(path)) == 9 for path in videos) and (tmp_path / "sheet.png").exists()
-    assert re.search(r"[\d.]+ frames per second: 4 x 9 new frames", capsys.readouterr().out)
-    again = tmp_path / "again"
-    sample.main(["red circle", "blue square", "--checkpoint", str(trained), "--out", str(again), "--frames", "9",
-                 "--steps", "2", "--window", "3", "--sink", "1", "--samples", "2"])
-    assert all((again / path.name).read_bytes() == path.read_bytes() for path in videos), "the seed decides"
-
-
-def test_a_clip_is_continued_and_the_prompt_switched(trained, tmp_path):
-    clip_path = tmp_path / "clip.gif"
-    with writer(clip_path, 8) as out:
-        out(Sprites(size=8, frames=6)[3][0])
-    sample.main(["red circle", "--then", "8", "blue square", "--given", str(clip_path), "--checkpoint", str(trained), "--out",
-                 str(tmp_path / "on.gif"), "--frames", "10", "--steps", "2"])
-    made, given = read_video(tmp_path / "on.gif", 8), read_video(clip_path, 8)
-    assert len(made) == 10 and (made[:6] - given).abs().mean() < 0.1 and (made[6:] - made[5]).abs().mean() > 0.1
-
-
-def test_a_switched_prompt_is_a_new_rollout_on_all_there_is(trained):
-    net = load_checkpoint(trained)
-    words = Words(*net.run["words"])
-    a, b = words("red circle")[None], words("blue square")[None]
-    given = torch.zeros(1, 0, 3, 8, 8)
-    made = torch.cat(list(sample.generate(net, [(0, a), (4, b)], given, 6, 2)), 1)
-    noise = torch.Generator().manual_seed(0)
-    first = torch.cat(list(rollout(net, torch.randn(1, 4, 3, 8, 8, generator=noise), torch.ones(1), a, 2)), 1)
-    then = list(rollout(net, torch.randn(1, 2, 3, 8, 8, generator=noise), torch.ones(1), b, 2, history=first))
-    assert close(made, torch.cat([first, *then], 1), 1e-5)
-
-
-def test_evaluations_are_written_compared_and_gathered(trained, tmp_path, capsys):
-    shutil.copytree(trained, tmp_path / "toy-0")
-    shutil.copytree(trained, tmp_path / "toy-1")
-    runs = [str(tmp_path / name) for name in ("toy-0", "toy-1")]
-    flags = ["--videos", "2", "--frames", "9", "--steps", "1"]
-    sample.main(["--compare", *runs, *flags, "--out", str(tmp_path / "both.gif")])
-    out = capsys.readouterr().out
-    assert out.count("2 held-out videos") == 2 and re.search(r"0-2 .*±.*±.*±", out)
-    assert iio.imread(tmp_path / "both.gif").shape[0] == 9 and (tmp_path / "both.png").exists()
-    assert np.array(json.loads((tmp_path / "toy-1/samples/eval.json").read_text())["frames"]).shape == (9, 3)
-    sample.main(["--table", *runs])
-    table = capsys.readouterr().out
-    assert re.search(r"toy, 2 seeds\n.*\n +0-2 .*± +0.00", table), "the same weights, so no spread"
-    assert re.findall(r"(\S+) ±", table) == re.findall(r"(\S+) ±", out)[:12], "and the numbers that --eval printed"
-    sample.main(["--eval", "--true-history", "--checkpoint", runs[0], *flags])
-    assert "on true history" in capsys.readouterr().out
-    sample.main(["--true-history", "--table", runs[0]])
-    assert "toy, 1 seed\n" in capsys.readouterr().out
-    path = tmp_path / "toy-0/samples/eval.json"
-    path.write_text(json.dumps({"frames": json.loads(path.read_text())["frames"] * 2}))
-    with pytest.raises(ValueError, match="the seeds of toy have 18, 9 frames"):
-        sample.main(["--table", *runs])
-    path.write_text('{"frames')
-    with pytest.raises(ValueError, match="toy-0/samples/eval.json is not what --eval writes"):
-        sample.main(["--table", *runs])
-    shutil.copytree(trained, tmp_path / "again/toy-0")
-    sample.main(["--compare", runs[0], str(tmp_path / "again/toy-0"), *flags, "--out", str(tmp_path / "same-name.gif")])
-    assert iio.imread(tmp_path / "same-name.gif").shape[1] == iio.imread(tmp_path / "both.gif").shape[1], "a row for each"
-    other = torch.load(tmp_path / "toy-1/ckpt.pt")
-    other["args"]["wall"] = True
-    torch.save(other, tmp_path / "toy-1/ckpt.pt")
-    with pytest.raises(ValueError, match="these runs learned different worlds"):
-        sample.main(["--compare", *runs, *flags])
-
-
-def test_on_true_history_each_frame_continues_the_truth(trained, monkeypatch):
-    net = load_checkpoint(trained)
-    asked = []
-    monkeypatch.setattr(sample, "extend", lambda model, video, c, frames, given, **_: asked.append(video[0, :given]) or
-                        torch.zeros(len(video), frames, 3, 8, 8))
-    flags = ["--eval", "--true-history", "--videos", "1", "--frames", "6", "--window", "3"]
-    args = sample.settle(sample.parse(flags), trained, net)
-    truth, made = sample.evaluate(args, net)
-    assert made.shape == truth.shape and (made[:, 2:] == 0).all()
-    for n, history in enumerate(asked, 2):
-        assert torch.equal(history, truth[0, max(0, n - 3):n])
-
-
-def test_routing_is_counted_and_drawn(trained, tmp_path, capsys):
-    sample.main(["--routing", "--frames", "6", "--window", "0", "--steps", "2", "--checkpoint", str(trained), "--out",
-                 str(tmp_path)])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(("layer", "mean"))]
-    shares = [float(z) for z in rows[0].split()[2:]]
-    assert len(rows) == 2 and len(shares) == 5 and abs(sum(shares) - 2) < 0.03, "each token picks top_k frames"
-    assert iio.imread(tmp_path / "routing.png").ndim == 3
+        kept.append(bytes_kept(lambda: net(x, t, c, history)))
+    assert same(*grads) and grads[0][0].abs().sum() > 0
+    assert kept[1] < kept[0] / 2
 
 
 @pytest.fixture
-def clips(tmp_path):
-    """A folder of small videos in four formats, one caption, one short and one broken file."""
-    folder = tmp_path / "clips"
+def checkpoint(tmp_path):
+    """A checkpoint of `tiny` whose EMA differs from its weights: (path, state)."""
+    net = tiny().float()
+    ema = {key: value + 1 for key, value in net.state_dict().items()}
+    state = {"config": vars(net.config), "model": net.state_dict(), "ema": ema}
+    state |= {"step": 3, "args": {"frames": 4}}
+    torch.save(state, tmp_path / "ckpt.pt")
+    return tmp_path / "ckpt.pt", state
+
+
+def test_a_checkpoint_is_loaded_with_its_ema_weights(checkpoint):
+    path, state = checkpoint
+    for place in (path, path.parent):
+        net = load_checkpoint(place)
+        assert same(dict(net.state_dict()), state["ema"]) and net.run == {"frames": 4}
+        assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+class Harm:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("harm"),)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"ema": None}, "its ema is a NoneType"),
+        ({"config": {"magic": 1}}, "magic"),
+        ({"ema": {"head.bias": torch.zeros(1)}}, "are not those of this network: Missing"),
+        ({"ema": {1: 2}}, "are not those of this network"),
+        ({"args": Harm()}, "is not a whole checkpoint"),
+    ),
+)
+def test_a_foreign_checkpoint_is_refused_in_one_line_and_runs_no_code(
+    change, message, checkpoint, monkeypatch
+):
+    path, state = checkpoint
+    monkeypatch.chdir(path.parent)
+    torch.save(state | change, path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value) and not Path("harm").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message", ((b"", "the file is empty"), (b"junk", "not a whole checkpoint"))
+)
+def test_a_broken_checkpoint_is_refused_in_one_line(content, message, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="there is no checkpoint at .*nowhere"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_list_is_no_checkpoint(tmp_path):
+    torch.save([1], tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="it lacks config"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_network_is_wan():
+    with torch.device("meta"):
+        net = CausalDiT(PRESETS["wan-1.3b"])
+    assert sum(p.numel() for p in net.parameters()) == 1_418_996_800
+    names = {
+        "patch_embedding.weight",
+        "text_embedding.2.bias",
+        "time_embedding.0.weight",
+        "time_projection.1.weight",
+        "blocks.29.modulation",
+        "blocks.0.self_attn.norm_q.weight",
+        "blocks.0.cross_attn.o.bias",
+        "blocks.0.norm3.weight",
+        "blocks.0.ffn.2.weight",
+        "head.head.weight",
+        "head.modulation",
+    }
+    assert len(net.state_dict()) == 825 and names <= set(net.state_dict())
+
+
+# fmt: off
+TO_DIFFUSERS = (
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("head.head", "proj_out"), ("norm3", "norm2"),
+    ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
+    ("head.modulation", "scale_shift_table"), ("modulation", "scale_shift_table"),
+    ("self_attn", "attn1"), ("cross_attn", "attn2"),
+    (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".o.", ".to_out.0."),
+)
+# fmt: on
+
+
+@pytest.fixture
+def wan_weights():
+    """Random weights of `tiny` under the names and shapes of Wan's original files."""
+    net = tiny()
+    weights = {key: torch.randn_like(value) for key, value in net.state_dict().items()}
+    original = dict(weights)
+    original["patch_embedding.weight"] = weights["patch_embedding.weight"].view(24, 2, 1, 2, 2)
+    return net, weights, original
+
+
+@pytest.mark.parametrize("form", ("original", "diffusers", "self-forcing"))
+def test_wan_weights_load_under_each_name(form, wan_weights, tmp_path):
+    net, weights, state = wan_weights
+    if form == "diffusers":
+        for ours, theirs in TO_DIFFUSERS:
+            state = {key.replace(ours, theirs): value for key, value in state.items()}
+    if form == "self-forcing":
+        state = {"generator": {}, "generator_ema": {f"model.{k}": v for k, v in state.items()}}
+    torch.save(state, tmp_path / "wan.pth")
+    model_py.load_wan(net, tmp_path / "wan.pth")
+    assert same(dict(net.state_dict()), weights)
+
+
+def test_wrong_wan_weights_are_named(wan_weights, tmp_path):
+    net, _, state = wan_weights
+    del state["head.head.bias"]
+    state |= {"img_emb": torch.ones(1), "blocks.0.modulation": torch.ones(1, 6, 7)}
+    torch.save(state, tmp_path / "wan.pth")
+    message = "Missing.*head.head.bias.*Unexpected.*img_emb.*mismatch for blocks.0.modulation"
+    with pytest.raises(ValueError, match=message):
+        model_py.load_wan(net, tmp_path / "wan.pth")
+
+    (tmp_path / "wan.pth").write_text("junk")
+    torch.save({"generator": [1]}, tmp_path / "list.pth")
+    for name in ("wan.pth", "list.pth", "none.pth"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
+            model_py.load_wan(net, tmp_path / name)
+
+
+@pytest.mark.extras
+def test_the_network_is_that_of_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="needs pip install diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=256,
+        ffn_dim=64,
+        num_layers=2,
+        cross_attn_norm=True,
+    ).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_text("not to be read")
+    ours = CausalDiT(Config(4, 32, 64, 2, 2, 2, 3, text_dim=24))
+    model_py.load_wan(ours, tmp_path)
+
+    x, c, t = torch.randn(2, 3, 4, 6, 8), torch.randn(2, 7, 24), torch.rand(2, 1)
+    with torch.no_grad():  # one frame of three latents: nothing is masked, as in theirs
+        v = unfold(ours(fold(x, 3), t, c), 3)
+        wanted = theirs(x.transpose(1, 2), 1000 * t[:, 0], c).sample.transpose(1, 2)
+    assert wanted.std() > 0.1
+    assert (v - wanted).abs().max() < 5e-5 * wanted.abs().max().clamp(min=1)
+
+
+# ---- data.py ----
+
+
+GOP = 8
+
+
+def write_mp4(path, frames=40, times=None, **options):
+    """A video of 16 x 16 pixels, each frame unlike all others, with B-frames and several GOPs."""
+    noise = np.random.default_rng(frames).integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 16, 16, "yuv420p", GOP
+        stream.options = {"bf": "3", **options}
+        stream.codec_context.time_base = Fraction(1, 100)
+        for t in range(frames):
+            frame = av.VideoFrame.from_ndarray(noise[t], "rgb24")
+            frame.time_base = Fraction(1, 100)
+            frame.pts = times[t] if times else 10 * t
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def args_for(folder, **changes):
+    wanted = {"size": 16, "frames": 4, "fps": 0.0, "stride": 1, "seed": 0}
+    wanted |= {"objects": 2, "wall": False, "withheld": 0.0}
+    return argparse.Namespace(data=str(folder), **(wanted | changes))
+
+
+# ---- tensors, words, sprites
+
+
+def test_fold_puts_the_frame_of_a_chunk_before_the_channel():
+    video = torch.arange(2 * 6 * 4 * 1 * 1).view(2, 6, 4, 1, 1)
+    folded = fold(video, 3)
+    assert folded.shape == (2, 2, 12, 1, 1) and torch.equal(unfold(folded, 3), video)
+    for n in range(2):
+        for t in range(3):
+            for c in range(4):
+                assert torch.equal(folded[:, n, t * 4 + c], video[:, n * 3 + t, c])
+
+
+def test_words_bind_and_nothing_is_zero():
+    words = Sprites().words
+    a, b = words("red circle and blue square"), words("blue circle and red square")
+    assert a.shape == (5, words.text_dim)
+    assert not torch.equal(a.sum(0), b.sum(0)), "even a sum of rows tells them apart"
+    assert (words("") == 0).all() and torch.equal(words("Red  circle!"), words("red circle"))
+
+
+def test_a_word_is_a_row_beside_its_successor():
+    c = Words(["a", "b", "c"], rows=4)("c a")
+    assert c.nonzero().tolist() == [[0, 2], [0, 3 + 0], [1, 0]] and c.shape == (4, 6)
+    assert Words(["a"], rows=1).text(["a", "a a a"]).shape == (2, 3, 2)
+    with pytest.raises(ValueError, match='unknown word "dog".*nearest are: a'):
+        Words(["a"])("a dog")
+    with pytest.raises(ValueError, match="must be empty"):
+        Words([])("dog")
+
+
+def test_sprites_are_a_function_of_seed_split_and_index():
+    a, b = Sprites(seed=1), Sprites(seed=1)
+    assert same(a[5], b[5])
+    for other in (Sprites(seed=2)[5], Sprites(seed=1, split="test")[5], a[6]):
+        assert not torch.equal(a[5][0], other[0])
+    assert torch.equal(Sprites(frames=40, seed=1)[5][0][:12], a[5][0])
+    assert a[5][0].min() >= -1 and a[5][0].max() <= 1
+    assert len({a.caption(i) for i in range(200)} - {""}) > 50
+
+
+def test_a_batch_of_sprites_is_its_items():
+    world = Sprites(withheld=0.5)
+    assert all(same(z, world[i]) for i, z in zip((3, 4), world.__getitems__([3, 4])))
+    assert same(pickle.loads(pickle.dumps(world))[3], world[3]), "in a worker process"
+
+
+def test_the_first_bits_of_the_default_sprites_stay_what_they_are():
+    video, c = Sprites()[0]
+    assert Sprites().caption(0) == "yellow circle and blue circle"
+    means = video.mean((1, 2, 3))[:4].tolist()
+    assert means == pytest.approx([-0.5861, -0.5842, -0.5856, -0.5849], abs=1e-4)
+    assert c.sum() == 9 and video.shape == (12, 3, 16, 16)
+
+
+def test_a_share_of_the_captions_is_withheld():
+    silent = [bool((Sprites(8, 2, withheld=0.25)[i][1] == 0).all()) for i in range(200)]
+    assert 30 < sum(silent) < 70
+    assert (Sprites(8, 2, withheld=1.0)[0][1] == 0).all()
+    assert (data.open_data(args_for("sprites", withheld=1.0))[0][1] == 0).all()
+
+
+def test_open_data_gives_the_sprites_every_flag():
+    flags = {"size": 20, "frames": 5, "seed": 3, "objects": 3, "wall": True}
+    world = data.open_data(args_for("sprites", **flags), split="test")
+    assert same(world[2], Sprites(20, 5, 3, "test", 3, True)[2]) and world.rows == 8
+    with pytest.raises(ValueError, match="8x16.*square"):
+        data.open_data(args_for("sprites", size=(8, 16)))
+
+
+def test_sprites_move_straight_and_bounce():
+    world = Sprites()
+    for i in range(20):
+        _, _, at = world.scene(i, 40)
+        step = at[1:] - at[:-1]
+        margin = data.radius_of(16, False)
+        assert at.min() >= margin - 1e-4 and at.max() <= 16 - margin + 1e-4
+        turned = (step[1:] - step[:-1]).abs() > 1e-3
+        assert not (turned & ((at[1:-1] - 8).abs() < 8 - margin - 1.3)).any(), "far from the edges"
+        assert (step.norm(dim=-1) <= data.SPEED[1] * 16 + 1e-3).all()
+
+
+def test_the_first_sprite_is_painted_in_front():
+    at = torch.tensor([[8.0, 8.0], [8.0, 8.0]])
+    picture = data.paint(at, torch.tensor([0, 1]), torch.tensor([0, 2]), 16)
+    assert torch.allclose(picture[:, 8, 8], data.PALETTE[0])
+    corner = data.paint(torch.tensor([[3.0, 12.0]]), torch.tensor([0]), torch.tensor([0]), 16)
+    assert torch.allclose(corner[:, 12, 3], data.PALETTE[0]), "x is the column"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"objects": 7}, "7 sprites in a clip; 1 to 6"),
+        ({"size": 1025}, "size 1025.*1024"),
+        ({"size": 100_000}, "size 100000.*1024"),
+        ({"frames": 10**8}, "100000000 frames.*1302083 frames"),
+    ],
+)
+def test_absurd_sprites_are_refused_before_they_are_allocated(flags, message):
+    with pytest.raises(ValueError, match=message):
+        Sprites(**flags)
+
+
+# ---- metrics
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """(videos, captions, scores) of four held-out clips."""
+    world = Sprites(frames=12, split="test")
+    video = torch.stack([world[i][0] for i in range(4)])
+    captions = [world.caption(i) for i in range(4)]
+    return video, captions, measure(video, captions)
+
+
+def blurred(video, sigma):
+    g = torch.exp(-(torch.arange(-4, 5.0) ** 2) / (2 * sigma**2))
+    pad = torch.nn.functional.pad(video.flatten(0, 2)[:, None], (4,) * 4, mode="replicate")
+    kernel = (g[:, None] * g / g.sum() ** 2)[None, None]
+    return torch.nn.functional.conv2d(pad, kernel).view_as(video)
+
+
+def mean(scores):
+    return scores.nanmean((0, 1))
+
+
+def test_metrics_give_truth_100_and_noise_0(truth):
+    video, captions, scores = truth
+    assert (mean(scores) > 95).all() and scores.shape == (4, 12, 3)
+    assert scores[:, :2, 1].isnan().all() and not scores[:, 2:, 1].isnan().any()
+    torch.manual_seed(0)
+    assert (mean(measure(torch.rand_like(video) * 2 - 1, captions)) < 10).all()
+    still = measure(video[:, :1].expand_as(video), captions)
+    assert mean(still)[1] < 25, "standing still is not moving"
+
+
+def test_metrics_tell_pixels_motion_and_names_apart(truth):
+    video, captions, scores = truth
+    scores = mean(scores)
+    slight, strong = (mean(measure(blurred(video, sigma), captions)) for sigma in (0.6, 2))
+    assert (scores >= slight - 1).all() and (slight > strong + 30).all()
+    assert slight[0] < scores[0] - 10 and (slight > scores - 10)[1:].all(), "blur costs Visual"
+    swapped = mean(measure(video[:, :, [2, 0, 1]], captions))
+    assert swapped[2] < scores[2] - 40, "other colours cost Text"
+    jumping = torch.cat([video[:, :4], video[:, 9:], video[:, 4:9]], dim=1)
+    jump = mean(measure(jumping, captions))
+    assert jump[1] < scores[1] - 15 and (jump - scores)[[0, 2]].abs().max() < 2, "Temporal"
+
+
+def moving(positions, colour=0, shape=0, size=16):
+    """A video of one sprite at (T, 2) positions."""
+    at = torch.tensor(positions)[:, None].float()
+    return data.paint(at, torch.tensor([shape]), torch.tensor([colour]), size)[None]
+
+
+STRAIGHT = [(4 + 0.8 * t, 8.0) for t in range(8)]
+
+
+def test_a_vanished_sprite_costs_temporal_and_text():
+    video = moving(STRAIGHT)
+    video[:, 5:] = data.BACKGROUND[:, None, None]
+    scores = measure(video, ["red circle"])[0]
+    assert (scores[2:5, 1] > 95).all() and (scores[5:, 1] == 0).all()
+    assert (scores[:5, 2] == 100).all() and (scores[5:, 2] == 0).all()
+    video[:, :5] = data.BACKGROUND[:, None, None]
+    assert measure(video, ["red circle"])[0, :2, 1].isnan().all(), "nothing is due yet"
+
+
+def test_a_wrong_shape_costs_half_of_text_and_a_sprite_too_many_too():
+    assert (measure(moving(STRAIGHT), ["red square"])[0, :, 2] == 50).all()
+    assert (measure(moving(STRAIGHT), ["red circle and blue square"])[0, :, 2] == 50).all()
+    two = Sprites(frames=3, split="test")
+    (colour, shape, _), video = two.scene(0), two[0][0][None]
+    first = data.caption_text(colour[:1], shape[:1])
+    assert (measure(video, [first])[0, :, 2] == 50).all()
+    assert (measure(moving(STRAIGHT), [""])[0, :, 2] == 0).all(), "nothing was asked for"
+
+
+def test_an_invalid_speed_costs_temporal():
+    fast = [(3.2 + 1.15 * t, 8.0) for t in range(8)]
+    slow = [(5 + 0.1 * t, 8.0) for t in range(8)]
+    for positions in (fast, slow):
+        assert measure(moving(positions), ["red circle"])[0, 2:, 1].mean() < 90
+    assert measure(moving(STRAIGHT), ["red circle"])[0, 2:, 1].min() > 95
+
+
+def test_metrics_forgive_what_the_wall_hides():
+    for objects, size in ((1, 20), (2, 32)):
+        world = Sprites(size, 24, split="test", objects=objects, wall=True)
+        video = torch.stack([world[i][0] for i in range(3)])
+        captions = [world.caption(i) for i in range(3)]
+        assert (mean(measure(video, captions, wall=True)) > 95).all()
+
+
+def test_behind_the_wall_there_is_something_to_remember():
+    world = Sprites(20, split="test", objects=1, wall=True)
+    hidden = []
+    for i in range(32):
+        _, shape, at = world.scene(i, 24)
+        there = torch.ones(24, 1)
+        hidden.append(data.visible_share(at, shape.expand(24, 1), there, 20, True)[:, 0] < 0.02)
+    assert not torch.stack(hidden)[:, 0].any(), "all begin in sight"
+    gone = [z for z in hidden if z[3:-1].any() and not z[-1]]
+    assert len(gone) > 16 and np.mean([z.sum().item() for z in gone]) > 2, "most go and return"
+
+
+# ---- reading videos
+
+
+@pytest.fixture(scope="module")
+def long_files(tmp_path_factory):
+    """Videos of several groups of pictures: with B-frames, open groups, uneven times, as a GIF."""
+    folder = tmp_path_factory.mktemp("long")
+    write_mp4(folder / "closed.mp4")
+    write_mp4(folder / "open.mp4", x264opts="open-gop=1:bframes=3")
+    write_mp4(folder / "uneven.mp4", times=[10 * t + 4 * (t % 3) for t in range(40)])
+    write_mp4(folder / "stream.ts")
+    write_mp4(folder / "matroska.mkv")
+    frames = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    iio.imwrite(folder / "even.gif", frames, plugin="pillow", duration=120, loop=0)
+    iio.imwrite(folder / "uneven.gif", frames, plugin="pillow", duration=[50, 130] * 10, loop=0)
+    return folder
+
+
+NAMES = ("closed.mp4", "open.mp4", "uneven.mp4", "stream.ts", "matroska.mkv", "even.gif")
+NAMES = (*NAMES, "uneven.gif")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_clip_found_by_seeking_is_cut_from_the_whole_video(name, long_files):
+    header = data.read_header(long_files / name)
+    for fps, stride in ((0.0, 1), (0.0, 3), (7.0, 1), (25.0, 2)):
+        whole = list(read_frames(long_files / name, 8, fps, stride))
+        assert header.length(fps, stride) == len(whole)
+        for k in range(0, len(whole) - 3, 2):
+            clip = read_frames(long_files / name, 8, fps, stride, k, header)
+            assert np.array_equal(list(islice(clip, 4)), whole[k : k + 4]), (fps, stride, k)
+
+
+def test_the_whole_video_is_what_ffmpeg_decodes_and_its_fps_filter_returns(long_files):
+    for name in ("closed.mp4", "stream.ts", "uneven.gif"):
+        path = long_files / name
+        for fps, stride in ((0.0, 2), (7.0, 1)):
+            steps = [("fps", str(fps))] if fps else []
+            steps += [("scale", "12:8:force_original_aspect_ratio=increase"), ("crop", "12:8")]
+            ours = np.stack(list(read_frames(path, (8, 12), fps, stride)))
+            theirs = iio.imread(path, plugin="pyav", filter_sequence=steps)[::stride]
+            assert np.array_equal(ours, theirs), (name, fps, stride)
+
+
+def test_a_seek_decodes_at_most_a_group_of_pictures_more(long_files):
+    for name in ("closed.mp4", "open.mp4", "uneven.mp4", "matroska.mkv"):
+        header = data.read_header(long_files / name)
+        for k in range(36):
+            with data.open_video(long_files / name) as container:
+                numbers = []
+                for number, _ in data.numbered_frames(container, 0.0, k, header):
+                    numbers.append(number)
+                    if number == k + 3:
+                        break
+            wanted = [number for number in numbers if number >= k]
+            assert wanted == [k, k + 1, k + 2, k + 3] and len(numbers) <= 4 + GOP
+
+
+def test_odd_sizes_are_exact(long_files):
+    assert read_video(long_files / "closed.mp4", (7, 9), frames=2).shape == (2, 3, 7, 9)
+    assert read_video(long_files / "even.gif", 7, frames=2).shape == (2, 3, 7, 7)
+
+
+def test_a_video_is_scaled_to_cover_and_cut_to_its_centre(tmp_path):
+    wide = np.zeros((4, 16, 48, 3), np.uint8)
+    wide[:, :, 16:32] = 255
+    iio.imwrite(tmp_path / "wide.gif", wide, plugin="pillow", duration=100)
+    assert (read_video(tmp_path / "wide.gif", 16)[:, :, :, 2:-2] > 0.99).all()
+    assert read_video(tmp_path / "wide.gif", (16, 48)).mean() < 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_reading_and_writing_leave_no_thread_behind(long_files, tmp_path):
+    """The loader forks: a worker would wait for ever for a thread that it has not inherited."""
+    before = len(os.listdir("/proc/self/task"))
+    data.read_header(long_files / "closed.mp4")
+    with data.open_video(long_files / "closed.mp4") as container:
+        assert container.streams.video[0].codec_context.thread_count == 1
+    video = read_video(long_files / "closed.mp4", 16)
+    with writer(tmp_path / "a.mp4") as write:
+        write(video)
+        assert len(os.listdir("/proc/self/task")) == before
+
+
+@pytest.fixture(scope="module")
+def clips_made_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
     for i, name in enumerate(("a.mp4", "b.gif", "c.mp4")):
-        with writer(folder / name, 10) as out:
-            out(Sprites(size=16, frames=14)[i][0])
+        with writer(folder / name, 10) as write:
+            write(Sprites(size=16, frames=14)[i][0])
+    with writer(folder / "short.gif", 10) as write:
+        write(Sprites(size=16, frames=3)[7][0])
     (folder / "a.txt").write_text("A red Circle, moving")
-    with writer(folder / "short.gif", 10) as out:
-        out(Sprites(size=16, frames=3)[7][0])
     (folder / "broken.mp4").write_bytes(b"not a video at all")
+    return folder
+
+
+@pytest.fixture
+def clips(clips_made_once, tmp_path):
+    """A folder of small videos, one with a caption, one short and one broken."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for path in clips_made_once.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
 
 def test_a_folder_of_videos_is_read_and_its_bad_files_named(clips, capsys):
     videos = Videos(clips, 16, 8)
     out = capsys.readouterr().out
-    assert out.count("broken.mp4") == 1 and "skipping 1 of 4 clips, of fewer than 8 frames" in out
+    assert out.count("broken.mp4") == 1
+    assert "skipping 1 of 4 clips, of fewer than 8 frames" in out
     assert [p.name for p in videos.files] == ["a.mp4", "b.gif", "c.mp4"] and videos.fps == 10
+    assert videos.words.vocabulary == ["a", "circle", "moving", "red"] and videos.rows == 4
     video, c = videos[0]
-    assert video.shape == (8, 3, 16, 16) and torch.equal(video, Videos(clips, 16, 8)[0][0])
-    seen, videos.load = [], lambda number: seen.append(number) or Videos.load(videos, number)
-    assert all(len(videos[i][0]) == 8 for i in range(6))
-    assert sorted(seen[:3]) == sorted(seen[3:]) == [0, 1, 2], "no file twice in a round"
-    assert videos.words.vocabulary == ["a", "circle", "moving", "red"]
-    assert (videos.load(0)[1] != 0).any() and (videos.load(1)[1] == 0).all()
-    assert len(read_video(clips / "a.mp4", 16, fps=5)) == 7 and len(read_video(clips / "a.mp4", 16, stride=3)) == 5
-    assert len(Videos(clips, 16, 5, stride=2)[1][0]) == 5
+    assert video.shape == (8, 3, 16, 16) and c.shape == (4, videos.text_dim)
+    assert torch.equal(video, Videos(clips, 16, 8, workers=1)[0][0])
+    assert (videos.load(0, 0)[1] != 0).any() and (videos.load(1, 0)[1] == 0).all()
+
+
+def test_every_file_comes_once_a_round_at_the_start_that_the_seed_draws(clips):
+    videos = Videos(clips, 16, 8)
+    whole = [read_video(path, 16) for path in videos.files]
+    for index in range(6):
+        round_, place = divmod(index, 3)
+        number = np.random.default_rng([0, round_]).permutation(3)[place]
+        start = np.random.default_rng([0, round_, place, 1]).integers(14 - 8 + 1)
+        assert torch.equal(videos[index][0], whole[number][start : start + 8])
+    other = Videos(clips, 16, 8, seed=1)
+    assert any(not torch.equal(videos[i][0], other[i][0]) for i in range(3))
+
+
+def test_fps_and_stride_reach_the_frames_of_a_folder(clips):
+    args = args_for(clips, frames=3, fps=5.0, stride=2, seed=2)
+    videos = data.open_data(args)
+    assert videos.fps == 2.5 and videos.lengths == [4, 4, 4]
+    whole = [read_video(path, 16, fps=5.0, stride=2) for path in videos.files]
+    number = np.random.default_rng([2, 0]).permutation(3)[0]
+    start = np.random.default_rng([2, 0, 0, 1]).integers(2)
+    assert torch.equal(videos[0][0], whole[number][start : start + 3])
+    assert len(read_video(clips / "a.mp4", 16, fps=5)) == 7
+    assert len(read_video(clips / "a.mp4", 16, stride=3)) == 5
+
+
+def test_kept_frames_are_decoded_once_and_change_nothing(clips):
+    kept, never = Videos(clips, 16, 4), Videos(clips, 16, 4, memory=0)
+    for index in range(30):
+        assert same(kept[index], never[index])
+    assert never.kept == {} and len(kept.kept) == 3
+    for path in kept.files:
+        path.unlink()
+    assert len(kept.load(0, kept.kept[0][1].argmax())[0]) == 4, "from memory"
+
+
+def test_memory_limits_what_is_kept(clips):
+    videos = Videos(clips, 16, 4, memory=2 * 14 * 16 * 16 * 3)
+    for index in range(6):
+        videos[index]
+    assert len(videos.kept) == 2
 
 
 def test_a_file_that_breaks_later_is_named_once_and_replaced(clips, capsys):
@@ -1145,202 +1530,2185 @@ def test_a_file_that_breaks_later_is_named_once_and_replaced(clips, capsys):
     assert capsys.readouterr().out.count("a.mp4") == 1
 
 
-def test_what_is_skipped_is_named_and_links_are_followed(clips, tmp_path, capsys):
-    (clips / "b.txt").write_bytes(b"caf\xe9 noir")
+def test_a_file_shorter_than_its_header_is_named_once_and_replaced(tmp_path, capsys):
+    write_mp4(tmp_path / "a.mp4", movflags="faststart")
+    write_mp4(tmp_path / "b.mp4", 39)
+    with av.open(str(tmp_path / "cut.mp4"), "w", options={"movflags": "faststart"}) as container:
+        with av.open(str(tmp_path / "a.mp4")) as source:
+            stream = container.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(source.streams.video[0]):
+                if packet.size:
+                    packet.stream = stream
+                    container.mux(packet)
+    (tmp_path / "a.mp4").unlink()
+    whole = (tmp_path / "cut.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    videos = Videos(tmp_path, 16, 30, memory=0)
+    assert videos.lengths == [39, 40], "as the headers say"
+    assert all(len(videos[i][0]) == 30 for i in range(8))
+    assert capsys.readouterr().out.count("cut.mp4") == 1
+
+
+def test_a_still_picture_is_named_as_one(clips, capsys):
     iio.imwrite(clips / "still.png", np.zeros((16, 16, 3), np.uint8))
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked/here").symlink_to(clips)
-    assert [path.name for path in Videos(tmp_path / "linked", 16, 8).files] == ["a.mp4", "c.mp4"]
-    out = capsys.readouterr().out
-    assert out.count("b.txt is not a text in UTF-8") == out.count("still.png") == 1
+    Videos(clips, 16, 8)
+    assert "still.png cannot be read as a video (it is a still picture" in capsys.readouterr().out
 
 
-def test_training_on_a_folder_and_continuing_from_its_words(clips, tmp_path, capsys):
-    run_train(tmp_path / "run", "--data", str(clips), "--size", "16", "--steps", "2", "--workers", "1")
-    (clips / "a.txt").write_text("A blue Circle, moving")
-    with pytest.raises(ValueError, match="other captions than when"):
-        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])
-    sample.main(["a red circle", "--checkpoint", str(tmp_path / "run"), "--given", str(clips / "b.gif"), "--given-frames", "3",
-                 "--frames", "6", "--steps", "1", "--out", str(tmp_path / "o.mp4")])
-    assert len(iio.imread(tmp_path / "o.mp4")) == 6
-    with pytest.raises(ValueError, match='unknown word "dog".*circle'):
-        sample.main(["a dog", "--checkpoint", str(tmp_path / "run")])
+def test_a_caption_that_is_no_utf8_is_named(clips, capsys):
+    (clips / "b.txt").write_bytes(b"caf\xe9 noir")
+    assert [path.name for path in Videos(clips, 16, 8).files] == ["a.mp4", "c.mp4"]
+    assert capsys.readouterr().out.count("b.txt is not a text in UTF-8") == 1
 
 
-def test_training_on_latents(tmp_path):
-    folder = tmp_path / "latents"
-    folder.mkdir()
+def test_only_the_first_process_warns_of_what_all_find(clips, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    Videos(clips, 16, 8)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "frames, message", [(99, "no clip in .* has 99 frames: of 4 the longest has 14, and 1 cannot")]
+)
+def test_a_folder_without_a_long_clip_is_refused(clips, frames, message):
+    with pytest.raises(ValueError, match=message):
+        Videos(clips, 16, frames)
+
+
+# ---- listing
+
+
+def test_hidden_files_and_folders_are_skipped_and_links_followed_once(tmp_path):
+    (tmp_path / "a/.git").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    for name in ("a/1.mp4", "a/.2.mp4", "a/.git/HEAD", "b/3.GIF", "b/notes.txt", "b/4.npz"):
+        (tmp_path / name).touch()
+    (tmp_path / "a/self").symlink_to(".")
+    (tmp_path / "a/up").symlink_to("..")
+    (tmp_path / "b/up").symlink_to("..")
+    (tmp_path / "b/same.mp4").symlink_to("../a/1.mp4")
+    listed = [str(path.relative_to(tmp_path)) for path in data.list_files(tmp_path, "videos")]
+    assert listed == ["a/1.mp4", "b/3.GIF"]
+    assert [path.name for path in data.list_files(tmp_path, "latents")] == ["4.npz"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/linked").symlink_to(tmp_path / "a")
+    assert [path.name for path in data.list_files(tmp_path / "c", "videos")] == ["1.mp4", "3.GIF"]
+    with pytest.raises(ValueError, match="nowhere is not a folder.*sprites"):
+        data.list_files(tmp_path / "nowhere", "videos")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ValueError, match="d holds no videos"):
+        data.list_files(tmp_path / "d", "videos")
+
+
+def test_a_stray_npz_does_not_turn_videos_into_latents(clips, capsys):
+    np.savez(clips / "stats.npz", mean=np.zeros(3))
+    (clips / "bad.npz").write_text("no zip")
+    assert isinstance(data.open_data(args_for(clips)), Videos)
+    assert (
+        "reading the videos, as none of the 2 .npz files holds latents" in capsys.readouterr().out
+    )
+    np.savez(clips / "z.npz", latents=np.zeros((4, 4, 2, 2)))
+    assert isinstance(data.open_data(args_for(clips)), Latents)
+    assert "reading the latents" in capsys.readouterr().out
+
+
+def test_open_data_names_what_is_wrong_with_npz_files(tmp_path):
+    save_latents(tmp_path / "keys", pictures=np.zeros((4, 3, 8, 8)))
+    with pytest.raises(ValueError, match="keys/0.npz holds .*wanted `latents`"):
+        data.open_data(args_for(tmp_path / "keys"))
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake/0.npz").write_text("no zip")
+    with pytest.raises(ValueError, match="fake/0.npz is not a readable .npz"):
+        data.open_data(args_for(tmp_path / "fake"))
+    save_latents(tmp_path / "mixed", latents=np.zeros((4, 3, 8, 8)))
+    save_latents(tmp_path / "mixed", latents=np.zeros((4, 5, 8, 8)))
+    with pytest.raises(ValueError, match="mixed/1.npz holds latents .*same channels"):
+        data.open_data(args_for(tmp_path / "mixed"))
+
+
+# ---- latents
+
+
+def test_latents_come_as_random_clips_with_padded_text(tmp_path):
     for i in range(3):
-        np.savez(folder / f"{i}.npz", latents=np.random.default_rng(i).normal(size=(6 + i, 4, 4, 8)).astype(np.float16),
-                 text=np.ones((2 + i, 7), np.float16))
-    latents = Latents(folder, 6)
-    video, c = latents[0]
-    assert video.shape == (6, 4, 4, 8) and c.shape == (4, 7) and video.dtype == torch.float32
-    assert torch.equal(latents[5][0], Latents(folder, 6)[5][0])
-    state = run_train(tmp_path / "run", "--data", str(folder), "--frames", "6", "--chunk", "3", "--patch", "2", "--steps", "2")
-    assert state["config"]["channels"] == 4 and state["config"]["text_dim"] == 7
-
-
-@pytest.mark.parametrize("channels", (1, 3))
-def test_few_channels_are_latents_all_the_same(channels, tmp_path):
-    bad_latents(tmp_path / "latents", latents=np.ones((6, channels, 4, 4)))
-    run_train(tmp_path / "run", "--data", str(tmp_path / "latents"), "--steps", "1", "--patch", "2")
-    with pytest.raises(ValueError, match="this model makes latents"):
-        sample.main(["--checkpoint", str(tmp_path / "run")])
+        values = np.random.default_rng(i).normal(size=(6 + i, 4, 4, 8)).astype(np.float16)
+        save_latents(tmp_path, latents=values, text=np.full((2 + i, 7), i + 1, np.float16))
+    latents = data.open_data(args_for(tmp_path, frames=6, seed=5))
+    assert (latents.channels, latents.size, latents.text_dim, latents.rows) == (4, (4, 8), 7, 4)
+    assert latents.words is None and latents.fps == 4
+    for index in range(6):
+        round_, place = divmod(index, 3)
+        number = np.random.default_rng([5, round_]).permutation(3)[place]
+        start = np.random.default_rng([5, round_, place, 1]).integers(number + 1)
+        video, c = latents[index]
+        whole = np.load(tmp_path / f"{number}.npz")["latents"].astype(np.float32)
+        assert torch.equal(video, torch.from_numpy(whole[start : start + 6]))
+        assert (c[: 2 + number] == number + 1).all() and (c[2 + number :] == 0).all()
+        assert c.shape == (4, 7) and video.dtype == torch.float32
 
 
 def test_latents_that_cannot_be_read_are_named_once_and_replaced(tmp_path, capsys):
-    for z in (np.ones((6, 4, 8, 8)), np.full((6, 4, 8, 8), np.nan), np.full((6, 4, 8, 8), "word"), np.ones((6, 4, 8, 8), ">f4")):
-        bad_latents(tmp_path, latents=z)
-    bad_latents(tmp_path, latents=np.random.default_rng(0).normal(size=(6, 4, 8, 8)))
+    ones = np.ones((6, 4, 8, 8))
+    for values in (
+        ones,
+        np.full_like(ones, np.nan),
+        np.full(ones.shape, "word"),
+        ones.astype(">f4"),
+    ):
+        save_latents(tmp_path, latents=values)
+    save_latents(tmp_path, latents=np.random.default_rng(0).normal(size=ones.shape))
     path = tmp_path / "4.npz"
     path.write_bytes(path.read_bytes()[:3000] + bytes(100) + path.read_bytes()[3100:])
+    (tmp_path / "5.npz").write_bytes((tmp_path / "0.npz").read_bytes()[:-100])
     latents = Latents(tmp_path, 6)
     assert all((latents[i][0] == 1).all() for i in range(15))
     out = capsys.readouterr().out
-    assert [out.count(f"{i}.npz") for i in range(5)] == [0, 1, 1, 0, 1] and "no finite numbers" in out
+    assert [out.count(f"{i}.npz") for i in range(6)] == [0, 1, 1, 0, 1, 1]
+    assert "contains NaN or inf" in out and "5.npz is not a readable .npz" in out
 
 
-def test_a_run_begins_with_wans_weights_and_the_papers_numbers(tmp_path, monkeypatch):
+# ---- writing
+
+
+@pytest.mark.parametrize("name", ("a.mp4", "a.MP4", "a.gif", "a.GIF"))
+def test_a_video_comes_back_as_written(name, tmp_path):
+    video = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 16, 24)
+    with writer(tmp_path / "new" / name, 5) as write:
+        write(video[:2])
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [f".{name}"]
+        write(video[2:])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+    read = read_video(tmp_path / "new" / name, (16, 24))
+    assert read.shape == video.shape and (read - video).abs().max() < 0.05
+    assert data.read_header(tmp_path / "new" / name).rate == 5
+
+
+def test_a_video_that_fails_leaves_the_one_before(tmp_path):
+    for name in ("a.mp4", "a.gif"):
+        (tmp_path / name).write_text("before")
+        with pytest.raises(KeyError), writer(tmp_path / name) as write:
+            write(torch.zeros(1, 3, 16, 16))
+            raise KeyError
+        assert (tmp_path / name).read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_video_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "b.mp4").mkdir()
+    for path, message in (
+        (tmp_path / "file/a.mp4", "cannot write .*a.mp4: (Not a directory|File exists)"),
+        (tmp_path / "b.mp4", "cannot write .*b.mp4: it is a folder"),
+        (tmp_path / "new/a.avi", "a.avi: videos are written as .mp4 or .gif"),
+    ):
+        with pytest.raises(ValueError, match=message), writer(path):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.mp4", "file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="cannot write .*: Permission denied"):
+        with writer(tmp_path / "a.mp4"):
+            pass
+
+
+def test_pixels_and_small_helpers():
+    video = torch.tensor([-2.0, -1, 0, 1]).view(1, 1, 1, 4).expand(2, 3, 1, 4)
+    assert data.to_bytes(video)[0, 0, :, 0].tolist() == [0, 0, 128, 255]
+    clip = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+    assert np.array_equal(data.to_bytes(data.to_float(clip)), clip)
+    assert data.enlarge(np.zeros((2, 16, 8, 3), np.uint8)).shape == (2, 128, 64, 3)
+    assert [data.round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
+
+
+def test_sizes_are_parsed():
+    assert data.parse_size("64") == 64 and data.parse_size("480x832") == (480, 832)
+    assert data.parse_size("8192x8192") == (8192, 8192)
+    for text in ("0", "0x8", "8x", "x8", "1.5", "-3", "8193", "16x100000", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"got {text}, wanted"):
+            data.parse_size(text)
+
+
+# ---- Wan and encode
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--size", "40x64"], "--size 40x64.*48x64 would work"),
+        (["--size", "100000"], "got 100000, wanted at most 8192"),
+        (["--frames", "80"], "--frames 80.*81 would work"),
+        (["--frames", "-3"], "--frames -3.*1 would work"),
+        (["--fps", "0"], "--fps 0.0"),
+        (["--fps", "nan"], "--fps nan"),
+        (["--frames", "many"], "--frames: invalid int value: 'many'"),
+    ],
+)
+def test_bad_flags_of_encode_are_one_line(flags, message, tmp_path, capsys, monkeypatch):
+    argv = ["encode", str(tmp_path), str(tmp_path / "out"), "--wan", "wan", *flags]
+    with pytest.raises(ValueError, match=message):
+        data.parse(argv)
+    assert data.main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert data.main(argv) == 0, "torchrun answers any other status with a traceback"
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+class ZeroWan:
+    """Encode every clip to zeros, as data.Wan does it to latents."""
+
+    def __init__(self, path, device):
+        pass
+
+    def encode(self, video):
+        return torch.zeros(1, (video.shape[1] + 3) // 4, 16, 2, 2)
+
+    def text(self, prompts):
+        return torch.zeros(len(prompts), 512, 4)
+
+
+def test_under_torchrun_the_videos_are_divided(clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "Wan", ZeroWan)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = ["encode", str(clips), str(tmp_path / "out"), "--wan", "wan", "--device", "cpu"]
+    written = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        before = set((tmp_path / "out").glob("*"))
+        data.main([*argv, "--size", "16", "--frames", "13"])
+        written.append(sorted(path.name for path in set((tmp_path / "out").glob("*")) - before))
+    assert written == [["a.mp4-0000.npz"], ["b.gif-0000.npz", "c.mp4-0000.npz"]]
+    assert Latents(tmp_path / "out", 4).rows == 512
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    """A diffusers folder with a random VAE, text encoder and tokenizer, each as small as it can."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers ftfy")
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    pytest.importorskip("ftfy", reason="pip install ftfy, which cleans Wan's prompts")
+    import tokenizers
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+    config = transformers.UMT5Config(
+        vocab_size=16,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    words = ("<pad>", "</s>", "<unk>", "a", "red", "boat")
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    folder = tmp_path_factory.mktemp("wan")
+    diffusers.WanPipeline(
+        tokenizer,
+        transformers.UMT5EncoderModel(config),
+        vae,
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.extras
+def test_videos_become_latents_and_finished_ones_are_kept(wan_folder, tmp_path, capsys):
+    for name, frames in (("long", 20), ("short", 5)):
+        with writer(tmp_path / "clips" / f"{name}.mp4", 16) as write:
+            write(torch.rand(frames, 3, 48, 72) * 2 - 1)
+    (tmp_path / "clips/long.txt").write_text("a red boat")
+    (tmp_path / "clips/bad.mp4").write_text("no video")
+    flags = ["encode", str(tmp_path / "clips"), str(tmp_path / "latents"), "--wan", str(wan_folder)]
+    flags += ["--device", "cpu", "--size", "32x48", "--frames", "9"]
+    assert data.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "bad.mp4 cannot be read" in out
+    assert "short.mp4 has 5 frames; wanted at least --frames 9" in out
+    files = sorted((tmp_path / "latents").iterdir())
+    assert [file.name for file in files] == ["long.mp4-0000.npz", "long.mp4-0001.npz"]
+
+    files[0].unlink()
+    before = files[1].stat().st_mtime_ns
+    data.encode_folder(data.parse(flags))
+    assert files[0].exists() and files[1].stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="none of the 3 videos"):
+        data.encode_folder(data.parse([*flags[:-1], "13"]))
+    assert "long.mp4-0000.npz is there already, of another --frames" in capsys.readouterr().out
+
+    with np.load(files[0]) as file:
+        assert file["latents"].shape == (3, 16, 4, 6) and file["text"].shape == (512, 32)
+        assert abs(file["text"][:4]).sum() > 0 and not file["text"][4:].any()
+    wan = data.Wan(wan_folder)
+    clip = read_video(tmp_path / "clips/long.mp4", (32, 48), fps=16, frames=18)[9:]
+    expected = wan.encode(clip[None])[0].half().float()
+    assert torch.equal(torch.from_numpy(np.float32(np.load(files[1])["latents"])), expected)
+
+
+@pytest.mark.extras
+def test_latents_train_a_model_that_makes_videos(wan_folder, tmp_path, capsys):
+    with writer(tmp_path / "clips/long.mp4", 16) as write:
+        write(torch.rand(20, 3, 48, 72) * 2 - 1)
+    (tmp_path / "clips/long.txt").write_text("a red boat")
+    flags = ["encode", str(tmp_path / "clips"), str(tmp_path / "latents"), "--wan", str(wan_folder)]
+    data.main([*flags, "--device", "cpu", "--size", "32x48", "--frames", "9"])
+
+    run, out = str(tmp_path / "run"), tmp_path / "out.mp4"
+    flags = ["--data", str(tmp_path / "latents"), "--out", run, "--device", "cpu", "--batch", "2"]
+    flags += ["--frames", "3", "--patch", "2", "--dim", "64", "--layers", "1", "--steps", "2"]
+    train.main([*flags, "--warmup", "1", "--sample-steps", "1", "--guidance", "1"])
+
+    flags = ["a red boat", "--checkpoint", run, "--frames", "4", "--steps", "1", "--device", "cpu"]
+    given = ["--given", str(tmp_path / "clips/long.mp4"), "--given-frames", "5"]
+    sample.main([*flags, "--wan", str(wan_folder), *given, "--out", str(out)])
+    assert "with the VAE's decoding" in capsys.readouterr().out
+    assert len(read_video(out, 16)) == 13, "two latents given and two made: 4 n - 3 frames"
+    with pytest.raises(ValueError, match="--wan PATH names"):
+        sample.main(flags)
+
+
+@pytest.mark.extras
+def test_decoding_latents_one_by_one_is_decoding_all_at_once(wan_folder):
+    wan = data.Wan(wan_folder)
+    torch.manual_seed(0)
+    video = torch.rand(1, 9, 3, 32, 48) * 2 - 1
+    latents = wan.encode(video)
+    one, several = wan.decoder(), wan.decoder()
+    assert latents.shape == (1, 3, 16, 4, 6) and one(latents).shape == video.shape
+    parts = [several(latents[:, :1]), several(latents[:, 1:])]
+    whole = wan.pipe.vae.decode(latents.transpose(1, 2) * wan.std + wan.mean).sample
+    assert [part.shape[1] for part in parts] == [1, 8]
+    assert (torch.cat(parts, 1) - whole.transpose(1, 2).clamp(-1, 1)).abs().max() < 1e-5
+
+
+@pytest.mark.extras
+def test_a_folder_that_is_no_wan_is_named(wan_folder, tmp_path):
+    with pytest.raises(ValueError, match="holds no model_index.json"):
+        data.Wan(tmp_path)
+
+
+# ---- train.py ----
+
+
+TINY = "--size 8 --frames 4 --dim 48 --heads 2 --layers 1 --batch 2 --sample-steps 1 --lr-warmup 2"
+TINY = [*TINY.split(), "--device", "cpu"]
+
+
+def checkpoint_of(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def logged(folder, name="loss"):
+    return [entry[name] for entry in log_of(folder) if name in entry]
+
+
+def run_train(folder, *flags):
+    train.main([*TINY, "--out", str(folder), *map(str, flags)])
+    return checkpoint_of(folder)
+
+
+def start(*command, cwd):
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    command = [sys.executable, *map(str, command)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, text=True, stdout=pipe, stderr=subprocess.STDOUT
+    )
+
+
+def torchrun(*flags, cwd):
+    """Run train.py in two processes. Returns (exit status, output)."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = start(*launcher, HERE / "train.py", *flags, cwd=cwd)
+    out, _ = process.communicate(timeout=120)
+    return process.returncode, out
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave out pictures and the final report, which most tests of training do not need."""
+    monkeypatch.setattr(train, "log_samples", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three steps, the first one teacher forcing, and the lines it printed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with open(folder.with_name("out.txt"), "w") as out, redirect_stdout(out):
+        run_train(folder, "--steps", 3, "--warmup", 1, "--sample-every", 2)
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of `trained` that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+# the loop
+
+
+def by_hand(steps, warmup, batch, shift, euler, time_shift, drop, clip, decay, lr):
+    """Algorithm 1 for TINY's network, clip by clip and without a cache. Returns (net, average,
+    losses, norms)."""
+    torch.manual_seed(0)
+    net = CausalDiT(Config(dim=48, ffn_dim=192, heads=2, layers=1))
+    average = {name: p.detach().clone() for name, p in net.named_parameters()}
+    matrices = [p for name, p in net.named_parameters() if p.dim() == 2]
+    rest = [p for name, p in net.named_parameters() if p.dim() != 2]
+    decayed = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.01)
+    plain = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0)
+    data, losses, norms = Sprites(8, 4), [], []
+
+    for step in range(steps):
+        loss = 0
+        for index in range(step * batch, (step + 1) * batch):
+            key = np.random.SeedSequence([0, index]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(key))
+            x, c = (z[None] for z in data[index])
+            if torch.rand((), generator=generator) < drop:
+                c = torch.zeros_like(c)
+
+            history = x[:, :-1]
+            if step >= warmup:
+                history = resampled(net, history, c, shift, euler, generator)
+
+            t = torch.sigmoid(torch.randn(1, 4, generator=generator))
+            t = time_shift * t / (1 + (time_shift - 1) * t)
+            eps = torch.randn(x.shape, generator=generator)
+            level = t[:, :, None, None, None]
+            v = net((1 - level) * x + level * eps, t, c, history)
+            loss = loss + ((eps - x - v) ** 2).mean() / batch
+
+        net.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.square().sum() for p in net.parameters()]).sum().sqrt()
+        for p in net.parameters():
+            p.grad *= min(1, clip / norm.item())
+        for optimizer in (decayed, plain):
+            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 2)
+            optimizer.step()
+        share = min(decay, (1 + step) / (10 + step))
+        for name, p in net.named_parameters():
+            average[name] = share * average[name] + (1 - share) * p.detach()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return net, average, losses, norms
+
+
+@torch.no_grad()
+def resampled(net, x, c, shift, euler, generator):
+    """Algorithm 1, lines 2-9, each frame on all those before it, computed anew."""
+    t_s = torch.sigmoid(torch.randn((), generator=generator))
+    t_s = shift * t_s / (1 + (shift - 1) * t_s)
+    frames = (1 - t_s) * x + t_s * torch.randn(x.shape, generator=generator)
+    for i in range(x.shape[1]):
+        for k in range(euler):
+            t = t_s * (euler - k) / euler
+            v = net(frames[:, [i]], t.expand(1, 1), c, frames[:, :i], first=i)
+            frames[:, [i]] = frames[:, [i]] - t_s / euler * v
+    return frames
+
+
+def test_the_loop_is_algorithm_1(tmp_path, quick):
+    flags = "--steps 4 --warmup 2 --batch 4 --accumulate 2 --shift 0.3 --resample-steps 2"
+    flags += " --time-shift 3 --drop 0.5 --clip 0.57 --ema 0.2 --lr 0.003 --decay constant"
+    state = run_train(tmp_path / "run", *flags.split())
+    net, average, losses, norms = by_hand(4, 2, 4, 0.3, 2, 3, 0.5, 0.57, 0.2, 0.003)
+
+    assert np.allclose(logged(tmp_path / "run"), losses, atol=1e-5)
+    assert np.allclose(logged(tmp_path / "run", "norm"), norms, atol=1e-4)
+    assert min(norms) < 0.57 < max(norms), "clipping acts on some of the steps"
+    for name, p in net.named_parameters():
+        assert close(state["model"][name], p.detach(), 1e-5), name
+        assert close(state["ema"][name], average[name], 1e-5), name
+
+
+def test_a_clip_draws_the_same_noise_in_any_batch():
+    alone, both = train.ClipNoise(3, [9], "cpu"), train.ClipNoise(3, range(8, 10), "cpu")
+    for draw in ("rand", "randn", "randn"):
+        a, b = getattr(alone, draw)(1, 5, 4), getattr(both, draw)(2, 5, 4)
+        assert torch.equal(a[0], b[1]) and not torch.equal(b[0], b[1])
+        assert draw == "randn" or 0 <= b.min() < b.max() < 1
+    one, other = (train.ClipNoise(seed, [9], "cpu").rand(1, 3) for seed in (3, 4))
+    assert not torch.equal(one, other)
+
+
+def test_the_warm_up_ends_at_its_step_and_the_share_is_a_share():
+    args = train.parse(["--warmup", "5", "--history", "noise"])
+    teacher = [train.history_at(step, args) is HISTORY["teacher"] for step in range(8)]
+    assert teacher == [True] * 5 + [False] * 3
+
+    args = train.parse(["--warmup", "0", "--resample-share", "0.25"])
+    used = sum(train.history_at(step, args) is HISTORY["resample"] for step in range(2000))
+    assert 0.2 < used / 2000 < 0.3
+
+
+def test_the_learning_rate_rises_then_falls_to_0():
+    rates = {}
+    for decay in ("constant", "linear", "cosine"):
+        flags = ["--lr", "8", "--lr-warmup", "4", "--steps", "12", "--decay", decay]
+        args = train.parse(flags)
+        rates[decay] = [train.learning_rate(step, args) for step in (0, 1, 3, 4, 6, 8, 10, 12)]
+    assert rates["constant"] == [2, 4, 8, 8, 8, 8, 8, 8]
+    assert rates["linear"] == [2, 4, 8, 8, 6, 4, 2, 0]
+    half = 4 * 2**0.5 / 2
+    assert np.allclose(rates["cosine"], [2, 4, 8, 8, 4 + half, 4, 4 - half, 0])
+
+
+def test_weight_decay_is_on_matrices_only():
+    net = CausalDiT(Config(dim=24, ffn_dim=48, heads=2, layers=1))
+    for p in net.parameters():
+        torch.nn.init.ones_(p)
+        p.grad = torch.zeros_like(p)
+    train.make_optimizer(net, lr=1.0).step()
+    for name, p in net.named_parameters():
+        matrix = name.endswith("weight") and "norm" not in name
+        assert torch.equal(p, torch.full_like(p, 0.99 if matrix else 1)), name
+
+
+def test_the_average_keeps_its_decay_and_forgets_the_first_weights():
+    ema, net = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    for step, decay, kept in ((10**6, 0.9, 0.9), (0, 0.9, 0.1), (8, 0.9, 0.5)):
+        torch.nn.init.ones_(ema.weight)
+        torch.nn.init.zeros_(net.weight)
+        train.update_ema(ema, net, decay, step)
+        assert abs(ema.weight.item() - kept) < 1e-6 and net.weight.item() == 0
+
+
+def test_clipping_bounds_the_gradient(tmp_path, quick):
+    """Adam hides the scale of a gradient, but not one far below its epsilon, 1e-8."""
+    torch.manual_seed(0)
+    net = CausalDiT(Config(dim=48, ffn_dim=192, heads=2, layers=1))
+    for clip, moved in ((1e-12, False), (1, True)):
+        flags = ["--steps", 2, "--lr", 1e-3, "--clip", clip]
+        state = run_train(tmp_path / str(clip), *flags)["model"]
+        bias = state["head.head.bias"] - net.head.head.bias
+        assert (bias.abs().max().item() > 1e-5) == moved
+    assert logged(tmp_path / "1e-12", "norm")[0] == logged(tmp_path / "1", "norm")[0] > 0.1
+
+
+def test_the_history_is_redrawn_under_the_text_of_the_loss(tmp_path, monkeypatch, quick):
+    texts = []
+
+    def record(model, x, c, *_):
+        texts.append(c)
+        return x
+
+    def loss(model, x, c, *_):
+        texts.append(c)
+        return flow_matching_loss(model, x, c, x[:, :-1])
+
+    monkeypatch.setitem(train.HISTORY, "resample", record)
+    monkeypatch.setattr(train, "flow_matching_loss", loss)
+    run_train(tmp_path / "run", "--steps", 1, "--warmup", 0, "--batch", 16, "--drop", 0.5)
+    assert torch.equal(*texts) and 0 < (texts[0] != 0).any(2).any(1).sum() < 16
+
+
+def test_dropping_every_text_is_training_without_captions(tmp_path, quick):
+    for name, flags in {
+        "dropped": ["--drop", 1],
+        "withheld": ["--drop", 0, "--withheld", 1],
+        "told": ["--drop", 0],
+    }.items():
+        run_train(tmp_path / name, "--steps", 3, *flags)
+    dropped, withheld, told = (logged(tmp_path / name) for name in ("dropped", "withheld", "told"))
+    assert dropped == withheld and dropped[2] != told[2]
+
+
+def test_micro_batches_are_one_batch(tmp_path, quick):
+    """Adam hides the scale of a gradient, so compare its norm."""
+    for parts in (1, 2, 4):
+        flags = ["--steps", 3, "--warmup", 1, "--batch", 4, "--accumulate", parts]
+        run_train(tmp_path / str(parts), *flags)
+    for name in ("loss", "norm"):
+        one, two, four = (logged(tmp_path / parts, name) for parts in "124")
+        assert np.allclose(one, two, atol=1e-4) and np.allclose(one, four, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--time-shift", 5],
+        ["--shift", 3],
+        ["--resample-steps", 3],
+        ["--resample-share", 0],
+        ["--clip", 0.01],
+        ["--lr", 1e-3],
+        ["--history", "noise"],
+        ["--history", "noise", "--noise", 0],
+        ["--history", "parallel"],
+        ["--history", "parallel", "--resample-steps", 2],
+        ["--history", "teacher"],
+        ["--top-k", 1],
+        ["--window", 1],
+        ["--seed", 1],
+        ["--precision", "bf16"],
+    ],
+)
+def test_every_flag_of_the_method_changes_the_losses(flags, trained, tmp_path, quick):
+    run_train(tmp_path / "run", "--steps", 3, "--warmup", 1, *flags)
+    losses, usual = logged(tmp_path / "run"), logged(trained)
+    if "--seed" not in flags and "--precision" not in flags:
+        assert losses[0] == usual[0], "a new network returns 0 under the same noise"
+    assert np.isfinite(losses).all() and losses[2] != usual[2]
+    assert abs(losses[2] - usual[2]) < 0.5
+
+
+@pytest.mark.parametrize(
+    "flags", [["--recompute"], ["--resample-share", 1, "--save-every", 1], ["--guidance", 1]]
+)
+def test_what_only_saves_memory_or_looks_changes_no_loss(flags, trained, tmp_path, quick):
+    run_train(tmp_path / "run", "--steps", 3, "--warmup", 1, *flags)
+    assert logged(tmp_path / "run") == logged(trained)
+
+
+def test_recompute_reaches_the_network():
+    config = Config(dim=24, ffn_dim=48, heads=2, layers=1)
+    for flags in ([], ["--recompute"]):
+        net = train.build(train.parse(flags), config, "cpu")[0]
+        assert net.recompute == bool(flags)
+
+
+def test_the_noise_of_the_history_has_its_level(tmp_path, quick):
+    for noise in (0, 1):
+        flags = ["--steps", 3, "--warmup", 1, "--history", "noise", "--noise", noise]
+        run_train(tmp_path / str(noise), *flags)
+    assert logged(tmp_path / "0")[2] != logged(tmp_path / "1")[2]
+
+
+def test_one_batch_of_every_data_shape_trains(tmp_path, quick):
+    """A chunk is folded into channels; the wall and other sizes make other clips."""
+    usual = run_train(tmp_path / "usual", "--steps", 2)["config"]
+    for name, flags, changed in (
+        ("chunk", ["--frames", 12, "--chunk", 3], {"chunk": 3}),
+        ("small", ["--patch", 2, "--wall", "--objects", 1], {"patch": 2}),
+        ("wide", ["--dim", 72], {"dim": 72, "ffn_dim": 288}),
+    ):
+        assert run_train(tmp_path / name, "--steps", 2, *flags)["config"] == usual | changed
+        assert logged(tmp_path / name)[0] > 1, "an empty network's loss is the variance of eps - x"
+
+
+def test_one_frame_trains_a_bidirectional_teacher(tmp_path):
+    """--chunk as long as the clip: one frame, no history."""
+    flags = ["--steps", 2, "--chunk", 4, "--frames", 4]
+    with pytest.raises(ValueError, match="--frames 4: wanted two or more chunks of 4.*teacher"):
+        run_train(tmp_path / "run", *flags)
+    state = run_train(tmp_path / "run", *flags, "--history", "teacher")
+    assert state["config"]["chunk"] == 4 and len(logged(tmp_path / "run")) == 2
+    assert len(iio.imread(tmp_path / "run/samples/final.gif")) == 4
+
+
+# what a run leaves
+
+
+def test_a_run_leaves_what_design_says(trained):
+    assert checkpoint_of(trained)["step"] == 3
+    assert json.loads((trained / "config.json").read_text())["history"] == "resample"
+    assert logged(trained, "history") == ["teacher_history"] + 2 * ["resample_history"]
+    assert len(logged(trained)) == 3 and [e["step"] for e in log_of(trained) if "loss" in e] == [
+        1,
+        2,
+        3,
+    ]
+    assert [e["step"] for e in log_of(trained) if "held_out_loss" in e] == [2, 3]
+    assert np.allclose(logged(trained, "lr"), [0.005, 0.01, 0.01])
+    for name in ("step_000002.gif", "step_000002.png", "final.gif", "final.png"):
+        assert (trained / "samples" / name).stat().st_size > 100
+    assert iio.imread(trained / "samples/final.gif").shape[0] == 16
+
+    out = trained.with_name("out.txt").read_text()
+    assert "FLOPs per teacher-forcing step" in out and "Temporal" in out and "0-15" in out
+    assert "median step: teacher_history" in out and "resample_history" in out
+
+
+def test_a_checkpoint_knows_the_run(trained):
+    run = checkpoint_of(trained)["args"]
+    assert (run["data"], run["size"], run["height"], run["width"]) == ("sprites", 8, 8, 8)
+    assert (run["frames"], run["rate"], run["stride"], run["fps"]) == (4, 8, 1, 0)
+    assert run["words"] == [Sprites().words.vocabulary, Sprites().words.rows]
+    assert {"objects", "wall", "withheld", "seed"} < run.keys()
+
+
+def test_the_report_is_what_eval_measures(copied):
+    measured = json.loads((copied / "samples/eval.json").read_text())["frames"]
+    assert np.shape(measured) == (16, 3)
+    flags = "--eval --videos 16 --frames 16 --steps 1 --time-shift 5 --guidance 2 --device cpu"
+    sample.main([*flags.split(), "--checkpoint", str(copied), "--out", str(copied / "again.gif")])
+    again = json.loads((copied / "samples/eval.json").read_text())["frames"]
+    assert np.array_equal(measured, again, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "window, chunk, frames, wanted",
+    [(None, 1, 10, 9), (None, 3, 12, 3), (3, 1, 10, 4), (20, 1, 10, 9), (1, 1, 2, 1)],
+)
+def test_pictures_have_the_window_of_training(window, chunk, frames, wanted, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "continue_video", lambda *_, **options: calls.append(options))
+    net = CausalDiT(Config(dim=24, ffn_dim=48, heads=2, layers=1, window=window, chunk=chunk))
+    args = train.parse(["--frames", str(frames), "--chunk", str(chunk), "--guidance", "3"])
+    train.continue_clips(net, Sprites(8, frames), frames, args)
+    assert calls[0]["window"] == wanted and calls[0]["given"] == min(2, frames // chunk - 1)
+    assert (calls[0]["steps"], calls[0]["time_shift"], calls[0]["guidance"]) == (4, 5, 3)
+
+
+def test_held_out_clips_are_not_trained_on(trained, monkeypatch, tmp_path):
+    clips = []
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    monkeypatch.setattr(train, "log_samples", lambda held_out, *_: clips.append(held_out[0][0]))
+    run_train(tmp_path / "run", "--steps", 1)
+    assert torch.equal(clips[0], Sprites(8, 4, 0, "test")[0][0])
+
+
+# stopping and resuming
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stopped", [2, 3])
+def test_resume_is_exact_across_the_warm_up(tmp_path, stopped, monkeypatch, quick):
+    flags = ["--steps", 6, "--warmup", 3, "--ema", 0.9, "--batch", 4, "--accumulate", 2]
+    whole = run_train(tmp_path / "whole", *flags)
+    save = train.save
+
+    def save_and_die(*args):
+        save(*args)
+        raise Killed
+
+    monkeypatch.setattr(train, "save", save_and_die)
+    with pytest.raises(Killed):
+        run_train(tmp_path / "halves", *flags, "--save-every", stopped)
+    monkeypatch.setattr(train, "save", save)
+    train.main(["--resume", "--out", str(tmp_path / "halves")])
+
+    halves = checkpoint_of(tmp_path / "halves")
+    for key in ("model", "ema", "optimizer", "step", "config"):
+        assert same(whole[key], halves[key]), key
+    assert logged(tmp_path / "whole") == logged(tmp_path / "halves")
+
+
+def test_three_steps_and_three_more_are_six(tmp_path, quick):
+    """With the learning rate still rising, --steps is only where to stop."""
+    flags = ["--warmup", 2, "--lr-warmup", 10]
+    whole = run_train(tmp_path / "whole", "--steps", 6, *flags)
+    run_train(tmp_path / "part", "--steps", 3, *flags)
+    train.main(["--resume", "--out", str(tmp_path / "part/ckpt.pt"), "--steps", "6"])
+    assert same(whole["model"], checkpoint_of(tmp_path / "part")["model"])
+
+
+def test_a_log_is_cut_back_to_the_checkpoint_and_its_damage_reported(copied, capsys, quick):
+    log = copied / "log.jsonl"
+    whole = log.read_text().splitlines()
+    junk = [whole[1][:20], "\udcff\x00junk", "7", '{"step": 4, "lo']
+    beyond = '{"step": 9, "loss": 1}'  # of steps that were not saved
+    lines = [whole[0], *junk[:3], *whole[2:], beyond, junk[3]]
+    log.write_text("\n".join(lines), errors="surrogateescape")
+
+    with pytest.raises(ValueError, match="--steps 2: the run in .* is already at step 3"):
+        train.main(["--resume", "--out", str(copied), "--steps", "2"])
+    train.main(["--resume", "--out", str(copied), "--steps", "4"])
+    assert "skipped 4 damaged lines" in capsys.readouterr().out
+    entries = log.read_text().splitlines()
+    assert entries[:-1] == [whole[0], *whole[2:]] and json.loads(entries[-1])["step"] == 4
+
+
+def test_resuming_a_finished_run_only_reports(copied, capsys):
+    before = checkpoint_of(copied)
+    train.main(["--resume", "--out", str(copied)])
+    assert same(before, checkpoint_of(copied)) and "median step" in capsys.readouterr().out
+
+
+def test_init_starts_a_new_stage(trained, tmp_path, quick):
+    first = checkpoint_of(trained)
+    second = run_train(
+        tmp_path / "two", "--init", trained, "--steps", 1, "--lr", 1e-12, "--top-k", 1
+    )
+    assert second["step"] == 1 and second["config"]["top_k"] == 1
+    assert not same(first["ema"], first["model"])
+    assert all(close(first["ema"][key], second["model"][key], 1e-6) for key in first["ema"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
+    copied, tmp_path, monkeypatch
+):
+    before = checkpoint_of(copied)
+
+    def not_a_number(model, *_):
+        return model.head.head.bias.sum() * float("nan")
+
+    monkeypatch.setattr(train, "flow_matching_loss", not_a_number)
+    message = "at step 3: the weights were not touched; the last good checkpoint is .*ckpt.pt"
+    with pytest.raises(ValueError, match=message):
+        train.main(["--resume", "--out", str(copied), "--steps", "5"])
+    assert same(before, checkpoint_of(copied))
+    with pytest.raises(
+        ValueError, match="at step 0: .*there is no checkpoint yet; try a lower --lr"
+    ):
+        run_train(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(copied, tmp_path, monkeypatch, error, quick):
+    before = checkpoint_of(copied)
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    message = (
+        r"step 4 to .*run/ckpt.pt \((No space|disk full).*\); .*ckpt.pt is as it was.*--resume$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train.main(["--resume", "--out", str(copied), "--steps", "4"])
+    assert same(before, checkpoint_of(copied)) and not list(copied.glob("*.part"))
+    with pytest.raises(ValueError, match=r"step 1 to .*new/ckpt.pt .*; nothing is saved yet$"):
+        run_train(tmp_path / "new", "--steps", 1)
+
+
+def test_errors_of_the_disk_name_the_file(copied, capsys):
+    (copied / "log.part").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="cannot write .*log.jsonl: No space left on device$"):
+        train.main(["--resume", "--out", str(copied), "--steps", "4"])
+    (copied / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write .*file/run: Not a directory$"):
+        run_train(copied / "file/run")
+
+    (copied / "full").mkdir()
+    (copied / "full/log.jsonl").symlink_to("/dev/full")
+    train.append_log(copied / "full", {"step": 1})
+    assert "warning: cannot write" in capsys.readouterr().out
+
+
+def test_a_kill_while_saving_leaves_the_last_checkpoint(copied, monkeypatch, quick):
+    before = checkpoint_of(copied)
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(os, "fsync", die)
+        train.main(["--resume", "--out", str(copied), "--steps", "4"])
+    assert same(before, checkpoint_of(copied)) and (copied / "ckpt.pt.part").exists()
+    train.main(["--resume", "--out", str(copied), "--steps", "4"])
+    assert checkpoint_of(copied)["step"] == 4 and not (copied / "ckpt.pt.part").exists()
+
+
+# one process to a folder
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_process_holds_none(copied):
+    holder = start(
+        "-c",
+        "import fcntl, os, time\n"
+        "lock = open('.lock', 'w')\n"
+        "fcntl.lockf(lock, fcntl.LOCK_EX)\n"
+        "print(os.getpid(), file=lock, end='', flush=True)\n"
+        "print('locked', flush=True)\n"
+        "time.sleep(60)",
+        cwd=copied,
+    )
+    holder.stdout.readline()
+    for flags in ([], ["--resume"]):
+        with pytest.raises(ValueError, match=f"run is in use by process {holder.pid};"):
+            run_train(copied, *flags)
+    (copied / "ckpt.pt").unlink()
+    for flags in ([], ["--resume"]):
+        with pytest.raises(ValueError, match=f"run is in use by process {holder.pid};"):
+            run_train(copied, *flags)
+
+    holder.kill()
+    holder.communicate()
+    with pytest.raises(ValueError, match="already holds another run; it saved no checkpoint"):
+        run_train(copied)
+
+
+def test_a_live_run_holds_its_folder_and_sigterm_saves_it(tmp_path, monkeypatch, quick):
+    process = start(HERE / "train.py", *TINY, "--steps", "100000", cwd=tmp_path)
+    log = tmp_path / "runs/001/log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.1)
+        assert process.poll() is None, process.stdout.read()
+    with pytest.raises(ValueError, match=f"in use by process {process.pid}; wait for it"):
+        run_train(tmp_path / "runs/001")
+    assert not (tmp_path / "runs/001/ckpt.pt").exists(), "the run has saved nothing yet"
+
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "go on with: python train.py --resume" in out
+    step = checkpoint_of(tmp_path / "runs/001")["step"]
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "--steps", str(step + 2)])
+    assert checkpoint_of(tmp_path / "runs/001")["step"] == step + 2
+
+
+def test_new_runs_are_numbered(tmp_path, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train.main([*TINY, "--steps", "1"])
+    assert sorted(os.listdir("runs")) == ["001", "002"]
+
+
+# several processes
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, quick):
+    flags = [*TINY, "--batch", 4, "--warmup", 1, "--layers", 2, "--decay", "constant"]
+    flags = [*map(str, flags), "--accumulate", "2", "--lr", "1e-3"]
+    train.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
+
+    more = ["--fsdp", "--recompute"] if sharded else []
+    two = tmp_path / "two"
+    status, out = torchrun(*flags, *more, "--steps", 3, "--out", two, cwd=tmp_path)
+    assert status == 0 and out.count("look at") == 1, out
+    train.main(["--resume", "--steps", "4", "--out", str(two)])
+
+    for name in ("loss", "norm"):
+        assert np.allclose(logged(tmp_path / "one", name), logged(two, name), atol=1e-4)
+    one, two = checkpoint_of(tmp_path / "one"), checkpoint_of(two)
+    for part in ("model", "ema"):
+        for key, value in one[part].items():
+            assert close(value, two[part][key], 2e-4), (part, key)
+
+
+def test_several_processes_refuse_in_one_line(copied):
+    """After they have met: the folder is looked at by process 0 alone."""
+    status, out = torchrun(*TINY, "--out", copied, cwd=copied)
+    lines = [
+        line for line in out.splitlines() if "OMP_NUM_THREADS" not in line and "***" not in line
+    ]
+    assert status == 0 and len(lines) == 1, out
+    assert lines[0].startswith(f"train.py: --out {copied} already holds another run")
+
+
+def test_the_processes_share_out_the_clips_of_a_step_lazily():
+    whole = train.BatchSampler(2, 10**12, 6, 0, 1)
+    assert len(whole) == 10**12 - 2
+    parts = [train.BatchSampler(2, 4, 6, rank, 3) for rank in range(3)]
+    for step, shares in enumerate(zip(*parts), 2):
+        clips = [clip for share in shares for clip in share]
+        assert clips == list(range(6 * step, 6 * step + 6))
+    assert next(iter(whole)) == range(12, 18)
+
+
+# the plan
+
+
+@pytest.mark.parametrize("window", (None, 1, 3))
+@pytest.mark.parametrize("N", (1, 2, 7))
+def test_the_plan_counts_the_frames_of_figure_3c(N, window):
+    past, own = sparse_causal_mask(0, N - 1, N, 0, window=window)
+    seen = (past | own)[N - 1 :].sum().item()
+    assert train.attended_frames(Config(window=window), N) == seen
+    assert train.attended_frames(Config(top_k=window), N) == seen, (
+        "as many frames, chosen otherwise"
+    )
+
+
+def one_call_per_frame(q, k, v, past, own, *_):
+    """`attend`, slowly, with no work on what is masked out: its matrix products are the mask's."""
+    rows = []
+    for r in range(q.shape[2]):
+        seen = (past | own)[r]
+        rows.append(
+            F.scaled_dot_product_attention(
+                q[:, :, r], k[:, :, seen].flatten(2, 3), v[:, :, seen].flatten(2, 3)
+            )
+        )
+    return torch.stack(rows, dim=2)
+
+
+def planned(config, words, *flags):
+    args = train.parse([*map(str, flags)])
+    args.height, args.width = 4, 6
+    return train.plan(args, config, words, 1)
+
+
+@pytest.mark.parametrize(
+    "chunk, steps, window", ((1, 1, None), (3, 1, None), (1, 3, None), (1, 1, 2))
+)
+def test_the_plan_counts_the_flops_that_run(chunk, steps, window, monkeypatch):
+    monkeypatch.setattr(model_py, "attend", one_call_per_frame)
+    config = Config(4, 48, 100, 2, 3, 2, chunk, text_dim=10, window=window)
+    cost = planned(config, 7, "--frames", 4 * chunk, "--batch", 2, "--resample-steps", steps)
+
+    net, x, c = CausalDiT(config), torch.randn(2, 4, 4 * chunk, 4, 6), torch.randn(2, 7, 10)
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+        flow_matching_loss(net, x, c, x[:, :-1])
+    with FlopCounterMode(display=False) as rollout, sdpa_kernel(SDPBackend.MATH):
+        self_resample(net, x[:, :-1], c, steps=steps)
+    assert abs(cost.teacher / forward.get_total_flops() / 3 - 1) < 1e-9
+    extra = (cost.resample - cost.teacher) / rollout.get_total_flops()
+    assert abs(extra - 1) < 0.05, "but for the text, read once by the cache"
+    parameters = sum(p.numel() for p in net.parameters())
+    assert cost.memory["weights"] == 4 * cost.parameters == 4 * parameters
+
+
+def test_the_plan_follows_the_flags():
+    usual = planned(Config(), 7, "--frames", 10)
+    assert planned(Config(top_k=2), 7, "--frames", 10).teacher < usual.teacher
+    assert planned(Config(window=2), 7, "--frames", 10).teacher < usual.teacher
+    assert planned(Config(), 7, "--frames", 10, "--batch", 32).teacher == 2 * usual.teacher
+    halves = planned(Config(), 7, "--frames", 10, "--accumulate", 2)
+    assert 2 * halves.memory["activations"] == usual.memory["activations"]
+    less = planned(Config(), 7, "--frames", 10, "--recompute")
+    assert less.memory["activations"] < usual.memory["activations"]
+
+
+def one_call(q, k, v, past, own, *_):
+    """Attention that keeps for backward what FlexAttention keeps."""
+    q, k, v = (z.flatten(2, 3) for z in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).view(*q.shape[:2], len(past), -1, q.shape[-1])
+
+
+@pytest.mark.parametrize("layers", (2, 5))
+def test_the_plan_counts_the_activations_that_backward_keeps(layers, monkeypatch):
+    monkeypatch.setattr(model_py, "attend", one_call)
+    config = Config(channels=4, dim=32, ffn_dim=160, heads=2, layers=layers, patch=2, text_dim=10)
+    args = train.parse(["--frames", "6", "--batch", "2"])
+    args.height, args.width = 24, 32
+    net, x, c = CausalDiT(config), torch.randn(2, 6, 4, 24, 32), torch.randn(2, 7, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = bytes_kept(lambda: net(x, torch.rand(2, 6), c, x[:, :-1]))
+    assert 0.9 < train.plan(args, config, 7, 1).memory["activations"] / kept < 1.1
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        (["--gpus", "64", "--fsdp"], "this fits\n"),
+        (["--frames", "63", "--gpus", "8"], "this does not fit; what would help: --fsdp"),
+    ],
+)
+def test_a_dry_run_says_what_fits_and_what_would_help(flags, wanted, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--preset", "wan-1.3b", "--dry-run", *flags])
+    out = capsys.readouterr().out
+    assert "1,418,996,800 parameters" in out and wanted in out and not any(tmp_path.iterdir())
+
+
+# flags and bad input
+
+
+def test_a_chunk_makes_the_default_clip_whole():
+    clips = [[], ["--chunk", "3"], ["--chunk", "3", "--frames", "60"]]
+    assert [train.parse(flags).frames for flags in clips] == [10, 12, 60]
+
+
+def test_help_opens_with_the_docstring_and_names_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert train.__doc__.split("\n")[0] in out and "Eq. (7)" in out
+    assert "(default: 0.6)" in out and "None" not in out
+
+
+def test_a_run_begins_with_wans_weights_and_the_papers_numbers(tmp_path, monkeypatch, quick):
     monkeypatch.setitem(train.PRESETS, "wan-1.3b", Config(4, 48, 96, 2, 1, 2, 3, text_dim=7))
-    bad_latents(tmp_path / "latents", latents=np.ones((6, 4, 4, 8)), text=np.ones((2, 7)))
+    save_latents(tmp_path / "latents", latents=np.ones((6, 4, 4, 8)), text=np.ones((2, 7)))
     wan = CausalDiT(train.PRESETS["wan-1.3b"])
     torch.nn.init.normal_(wan.head.head.weight)
     torch.save(wan.state_dict(), tmp_path / "wan.pth")
-    flags = ["--preset", "wan-1.3b", "--data", str(tmp_path / "latents"), "--init", str(tmp_path / "wan.pth")]
+
+    flags = f"--preset wan-1.3b --data {tmp_path}/latents --init {tmp_path}/wan.pth".split()
     args = train.parse(flags)
-    assert (args.batch, args.lr, args.frames, args.decay, args.recompute) == (64, 5e-5, 21, "constant", True)
-    train.main([*flags, "--frames", "6", "--batch", "1", "--steps", "1", "--lr", "1e-9", "--sample-steps", "1", "--out",
-                str(tmp_path / "run")])
-    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
+    paper = (args.batch, args.lr, args.frames, args.decay, args.recompute)
+    assert paper == (64, 5e-5, 21, "constant", True)
+    flags += f"--frames 6 --batch 1 --steps 1 --lr 1e-9 --device cpu --out {tmp_path}/run".split()
+    train.main(flags)
+    state = checkpoint_of(tmp_path / "run")["model"]
     assert all(close(value, state[key], 1e-6) for key, value in wan.state_dict().items())
 
 
-def bad_latents(folder, **arrays):
-    folder.mkdir(exist_ok=True)
-    np.savez(folder / f"{len(list(folder.iterdir()))}.npz", **arrays)
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, trained):
+    """A folder of good and bad things to train on, made once; no refused input may change it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for i, name in enumerate(("a.mp4", "b.gif")):
+        with writer(folder / "clips" / name, 10) as out:
+            out(Sprites(size=16, frames=14)[i][0])
+    for name in ("empty", "foreign", "fake", "cut", "died"):
+        (folder / name).mkdir()
+    (folder / "foreign/notes.mp4").write_text("hello")
+    (folder / "fake/0.npz").write_text("no zip")
+    (folder / "junk.pt").write_text("junk")
+    (folder / "died/log.jsonl").write_text("")
+    save_latents(folder / "keys", pictures=np.zeros((4, 3, 8, 8)))
+    save_latents(folder / "texts", latents=np.zeros((4, 3, 8, 8)), text=np.zeros((2, 9)))
+    alien = dict.fromkeys(("model", "ema", "args"), {}) | {"step": 0, "config": {"magic": 1}}
+    torch.save(alien, folder / "alien.pt")
+    shutil.copytree(trained, folder / "full")
+    (folder / "cut/ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes()[:2000])
+    return folder
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--data", "nowhere"], "nowhere is not a folder.*sprites"),
-    (["--data", "empty"], "empty holds no videos"),
-    (["--data", "foreign"], "no clip in foreign has 4 frames.*1 cannot be read"),
-    (["--data", "clips", "--frames", "99"], "no clip in clips has 99 frames.*the longest has 14"),
-    (["--data", "keys"], "keys/0.npz holds .*wanted `latents`"),
-    (["--data", "mixed"], "mixed/1.npz holds latents .*same channels"),
-    (["--data", "fake"], "fake/0.npz is not a readable .npz"),
-    (["--size", "18"], "--size 18 is not divisible by 4, the patch; 20 would work"),
-    (["--dim", "50", "--heads", "4"], "dim 50 cannot be split into 4 heads"),
-    (["--frames", "7", "--chunk", "3"], "--frames 7 is not divisible by 3, the chunk; 9 would work"),
-    (["--batch", "3", "--accumulate", "2"], r"--batch 3 is not divisible by 2, the processes \(1\) times --accumulate; 4 would work"),
-    (["--patch", "8", "--size", "16"], "a patch holds 192 values, more than the width 48"),
-    (["--out", "full"], "full already holds another run.*--resume"),
-    (["--out", "died"], "died already holds another run; it saved no checkpoint: delete it"),
-    (["--out", "junk.pt"], "junk.pt already holds"),
-    (["--resume", "--out", "full", "--init", "full"], "--resume goes on with its own weights"),
-    (["--init", "alien.pt"], "alien.pt is not a whole checkpoint.*magic"),
-    (["--init", "nowhere"], "no checkpoint at nowhere"),
-    (["--init", "junk.pt"], "junk.pt is not a whole checkpoint"),
-    (["--init", "cut"], "cut/ckpt.pt is not a whole checkpoint"),
-    (["--init", "full", "--dim", "96"], "the model of full has another shape: dim is 48 there and 96 here"),
-    (["--init", "full", "--data", "texts", "--patch", "2", "--frames", "4"], "another shape.*text_dim is 20 there and 9 here"),
-    (["--objects", "9"], "9 sprites"),
-])
-def test_bad_input_to_training(flags, message, clips, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("empty", "foreign", "fake", "cut", "full", "died"):
-        Path(name).mkdir()
-    Path("foreign/notes.mp4").write_text("hello")
-    bad_latents(Path("keys"), pictures=np.zeros((4, 3, 8, 8)))
-    bad_latents(Path("mixed"), latents=np.zeros((4, 3, 8, 8)))
-    bad_latents(Path("mixed"), latents=np.zeros((4, 5, 8, 8)))
-    bad_latents(Path("texts"), latents=np.zeros((4, 3, 8, 8)), text=np.zeros((2, 9)))
-    Path("fake/0.npz").write_text("no zip")
-    Path("junk.pt").write_text("junk")
-    Path("died/log.jsonl").write_text("")
-    torch.save(dict.fromkeys(("model", "ema", "step", "args"), {}) | {"config": {"magic": 1}}, "alien.pt")
-    if "full" in flags or "cut" in flags:
-        run_train(Path("full"), "--steps", "1", "--frames", "2")
-        Path("cut/ckpt.pt").write_bytes(Path("full/ckpt.pt").read_bytes()[:2000])
-    before = sorted(path for path in Path(".").rglob("*"))
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--data nowhere", "nowhere is not a folder.*sprites"),
+        ("--data empty", "empty holds no videos"),
+        ("--data foreign", "foreign"),
+        ("--data clips --frames 99", "no clip in clips has 99 frames.*the longest has 14"),
+        ("--data keys", "keys"),
+        ("--data fake", "fake"),
+        ("--size 18", "--size 18 is not divisible by 4, the patch; 20 would work"),
+        ("--dim 48 --heads 5", "--dim 48 cannot be split into --heads 5 .*; --dim 50 would work"),
+        ("--frames 7 --chunk 3", "--frames 7 is not divisible by 3, the chunk; 9 would work"),
+        ("--frames 3 --chunk 3", "--frames 3: wanted two or more chunks of 3.*; 6 would work"),
+        ("--batch 3 --accumulate 2", r"--batch 3 is not divisible by 2, .*\(1\).*; 4 would work"),
+        ("--patch 8 --size 16", "a patch holds 192 values, more than the width 48"),
+        ("--fsdp", "torchrun --nproc-per-node N train.py --fsdp would work"),
+        ("--out full", "full already holds another run; add --resume"),
+        ("--out died", "died already holds another run; it saved no checkpoint: delete it"),
+        ("--out junk.pt", "junk.pt already holds"),
+        ("--resume --out full --init full", "--resume goes on with its own weights"),
+        ("--resume --out full --data clips", "another shape: text_dim is|other captions than when"),
+        ("--resume --out died", "no checkpoint at died"),
+        ("--init alien.pt", "alien.pt is not a whole checkpoint.*magic"),
+        ("--init nowhere", "no checkpoint at nowhere"),
+        ("--init junk.pt", "junk.pt is not a whole checkpoint"),
+        ("--init cut", "cut/ckpt.pt is not a whole checkpoint"),
+        (
+            "--init full --dim 96",
+            "the model of full has another shape: dim is 48 there and 96 here",
+        ),
+        ("--init full --data texts --patch 2", "another shape.*text_dim is 20 there and 9 here"),
+        ("--objects 9", "9 sprites"),
+    ],
+)
+def test_bad_input_to_training(flags, message, inputs, monkeypatch):
+    monkeypatch.chdir(inputs)
+    before = sorted(inputs.rglob("*"))
     with pytest.raises(ValueError, match=message) as error:
-        train.main([*TINY, *flags])
-    assert "\n" not in str(error.value) and sorted(path for path in Path(".").rglob("*")) == before
+        train.main([*TINY, *flags.split()])
+    assert "\n" not in str(error.value) and sorted(inputs.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flags", [["--top-k", "0"], ["--lr", "nan"], ["--lr", "-1"], ["--steps", "-3"], ["--shift", "0"],
-                                   ["--batch", "2.5"], ["--resample-share", "1.5"], ["--ema", "inf"], ["--history", "magic"],
-                                   ["--frames", "ten"], ["--device", "cuda:99"], ["--device", "tpu"], ["--seed", str(2 ** 64)]])
-def test_bad_flags_are_one_line(flags, capsys):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            "--size 1024 --frames 256",
+            r"--size 1024x1024 .*needs [\d,]+ GiB, and the limit .* [\d,]+;",
+        ),
+        ("--frames 1000000", "--frames 1000000 .*a step needs .*more --accumulate, would work"),
+        ("--frames 100000000", "100000000 frames"),
+        ("--batch 100000000", "--batch 100000000 .*a step needs"),
+        ("--batch 1000000000 --accumulate 1000000000", "--batch 1000000000 .*a step needs"),
+        ("--dim 65536 --heads 2 --layers 50", "--dim 65536 --layers 50: a step needs"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_allocated(flags, message, monkeypatch):
+    monkeypatch.setattr(train, "build", lambda *_: pytest.fail("a network was made"))
+    with pytest.raises(ValueError, match=message) as error:
+        train.main([*TINY, *flags.split()])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--top-k", "0"),
+        ("--lr", "nan"),
+        ("--lr", "-1"),
+        ("--steps", "-3"),
+        ("--steps", "100000000000"),
+        ("--size", "100000"),
+        ("--frames", "10000000000"),
+        ("--layers", "1001"),
+        ("--workers", "100000"),
+        ("--shift", "0"),
+        ("--batch", "2.5"),
+        ("--resample-share", "1.5"),
+        ("--ema", "inf"),
+        ("--history", "magic"),
+        ("--frames", "ten"),
+        ("--device", "cuda:99"),
+        ("--device", "tpu"),
+        ("--seed", str(2**64)),
+    ],
+)
+def test_bad_flags_of_training_are_one_line(flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse(flags)
+        train.parse([flag, value])
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and flags[0] in err
+    assert err.count("\n") == 1 and flag in err and value in err
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["purple circle"], 'unknown word "purple".*red'),
-    (["--frames", "9", "--given", "missing.mp4"], "missing.mp4 cannot be read"),
-    (["--frames", "2", "--given", "clip.gif"], "clip.gif makes 5 frames; wanted .* fewer than --frames 2"),
-    (["--then", "99", "red circle", "--frames", "8"], "--then 99"),
-    (["--window", "2", "--sink", "2"], "--sink 2 leaves no room"),
-    (["--eval", "--frames", "2"], "--frames 2: two of 1 are given; 3 can be measured"),
-    (["--eval", "red circle"], "leave out prompts"),
-    (["--out", "video.avi"], "video.avi"),
-    (["--eval", "--out", "table.txt"], "table.txt: wanted a folder"),
-    (["--given", "clip.gif", "--out", "clip.gif", "--frames", "6"], "--out clip.gif would overwrite --given"),
-    (["--table", "nowhere"], "no .*eval.json; python sample.py --eval --checkpoint nowhere writes it"),
-    (["--compare", "nowhere"], "no checkpoint at nowhere"),
-])
-def test_bad_input_to_sampling(flags, message, trained, tmp_path, monkeypatch):
+def test_training_on_a_folder_keeps_to_its_words(inputs, tmp_path, quick):
+    folder = Path(shutil.copytree(inputs / "clips", tmp_path / "clips"))
+    (folder / "a.txt").write_text("A red Circle, moving")
+    flags = ["--data", folder, "--size", 16, "--steps", 2, "--workers", 1]
+    state = run_train(tmp_path / "run", *flags)
+    assert state["args"]["words"] == [["a", "circle", "moving", "red"], 4]
+    (folder / "a.txt").write_text("A blue Circle, moving")
+    with pytest.raises(ValueError, match="other captions than when"):
+        train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])
+
+
+def test_training_on_latents_ends_in_pictures(tmp_path):
+    for i in range(2):
+        latents = np.random.default_rng(i).normal(size=(6 + i, 4, 4, 8))
+        save_latents(tmp_path / "latents", latents=latents, text=np.ones((2 + i, 7)))
+    flags = ["--data", tmp_path / "latents", "--frames", 6, "--chunk", 3, "--patch", 2]
+    state = run_train(tmp_path / "run", *flags, "--steps", 1)
+    assert (state["config"]["channels"], state["config"]["text_dim"]) == (4, 7)
+    assert state["args"]["words"] is None and state["args"]["width"] == 8
+    assert len(iio.imread(tmp_path / "run/samples/final.gif")) == 24
+
+
+def test_a_refused_input_is_one_line_and_no_traceback(tmp_path):
+    process = start(HERE / "train.py", "--resume", cwd=tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and out.count("\n") == 1, out
+    assert out.startswith("train.py: there is no checkpoint under runs/")
+
+
+# ---- sample.py ----
+
+
+FLAGS = ["--steps", "1", "--device", "cpu"]
+
+
+def make_run(folder, config=None, **changes):
+    """Save a checkpoint with random weights, as train.py does; `changes` are to the run's flags."""
+    torch.manual_seed(0)
+    config = Config(dim=48, ffn_dim=96, heads=2, layers=2, top_k=2, **(config or {}))
+    net = CausalDiT(config)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    args = {"data": "sprites", "frames": 4, "size": 8, "height": 8, "width": 8, "rate": 8}
+    args |= {"fps": 0.0, "stride": 1, "objects": 2, "wall": False, "withheld": 0.0}
+    words = Sprites().words
+    args |= {"words": [words.vocabulary, words.rows]} | changes
+    state = {"config": asdict(config), "model": net.state_dict(), "ema": net.state_dict()}
+    folder.mkdir(parents=True)
+    torch.save(state | {"optimizer": {}, "step": 1, "args": args}, folder / "ckpt.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def random_run(tmp_path_factory):
+    """A run of 8 x 8 sprites that routes. Tests must not write into it."""
+    return make_run(tmp_path_factory.mktemp("random") / "run")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with clip.gif, 5 frames of sprites."""
     monkeypatch.chdir(tmp_path)
     with writer("clip.gif") as out:
         out(Sprites(size=8, frames=5)[0][0])
-    with pytest.raises(ValueError, match=message):
-        sample.main([*flags, "--checkpoint", str(trained), "--steps", "1"])
-    assert sorted(os.listdir()) == ["clip.gif"]
+    return tmp_path
 
 
-def test_scripts_end_in_one_line_without_a_traceback(tmp_path):
-    for command in (["train.py", "--data", "nowhere"], ["sample.py", "--checkpoint", "nowhere"], ["train.py", "--resume"]):
-        process = start(HERE / command[0], *command[1:], cwd=tmp_path)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 2 and out.count("\n") == 1 and "Traceback" not in out, out
+def call(run, *flags):
+    sample.main([*flags, "--checkpoint", str(run), *FLAGS])
 
 
-def test_the_readme_points_at_things_that_exist():
-    text = (HERE / "README.md").read_text()
-    modules = {"rf": rf, "routing": routing, "model": model_py, "data": data, "train": train, "sample": sample}
-    rows = re.findall(r"^\|.*?`(\w+)\.(\w+)`", text, re.M)
-    assert len(rows) >= 9 and all(hasattr(modules[file], name) for file, name in rows), rows
-    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+def filled(run, *flags):
+    """The flags as `main` has them, and the model."""
+    model = sample.load_run(run)
+    return sample.fill_unset(sample.parse([*flags, "--device", "cpu"]), run, model), model
+
+
+class NoiseModel(torch.nn.Module):
+    """v = 0, so that a rollout returns its own noise; keeps what each call was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = Config()
+        self.run = {"data": "sprites", "size": 8, "objects": 2, "wall": False, "withheld": 0.0}
+        self.histories, self.noise = [], []
+
+    def cache(self, batch, frames, window=None, sink=0):
+        return None
+
+    def forward(self, x, t, c, history=None, cache=None, first=0):
+        self.histories.append(history)
+        self.noise.append(x)
+        return torch.zeros_like(x)
+
+
+def evaluate(model, frames=6, videos=1, window=None, **options):
+    return sample.evaluate(model, frames, videos, 1, 1.0, 1.0, window, **options)
+
+
+# from a prompt to a file
+
+
+def test_guidance_is_the_rollout_of_a_guided_model(random_run):
+    net = load_checkpoint(random_run)
+    c = Words(*net.run["words"])("red circle")[None]
+    given = torch.zeros(1, 0, 3, 8, 8)
+    noise = torch.randn(1, 3, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+    for scale, null in ((2.0, None), (2.0, torch.ones_like(c)), (1.0, None), (0.0, None)):
+        guided = Guided(net, torch.zeros_like(c) if null is None else null, scale)
+        wanted = rollout(net if scale == 1 else guided, noise, torch.ones(1), c, 2, 3.0)
+        made = sample.generate(net, [(0, c)], given, 3, 2, 3.0, scale, seed=7, null=null)
+        assert torch.equal(torch.cat(list(made), 1), torch.cat(list(wanted), 1))
+
+
+def test_without_a_prompt_there_is_no_guidance():
+    model = NoiseModel()
+    nothing = torch.zeros(1, 5, 20)
+    list(sample.generate(model, [(0, nothing)], torch.zeros(1, 0, 3, 8, 8), 2, 1, guidance=2.0))
+    assert [len(x) for x in model.noise] == [1, 1], "one branch: the second would be the same"
+
+
+def test_a_switched_prompt_is_a_new_rollout_on_all_there_is(random_run):
+    net = load_checkpoint(random_run)
+    words = Words(*net.run["words"])
+    a, b = words("red circle")[None], words("blue square")[None]
+    noise = torch.Generator().manual_seed(0)
+
+    def wanted(n, c, history):
+        x = torch.randn(1, n, 3, 8, 8, generator=noise)
+        frames = rollout(net, x, torch.ones(1), c, 2, history=history)
+        return torch.cat([history, *frames], 1)
+
+    given = torch.rand(1, 2, 3, 8, 8)
+    first = wanted(2, a, given)
+    whole = wanted(2, b, first)
+    made = list(sample.generate(net, [(0, b), (2, a), (4, b)], given, 6, 2))
+    assert torch.equal(torch.cat([given, *made], 1), whole), "the given frames cover the first text"
+
+
+def test_window_and_sink_bound_the_cache(random_run):
+    net = load_checkpoint(random_run)
+    c = Words(*net.run["words"])("red circle")[None]
+    given = torch.zeros(1, 0, 3, 8, 8)
+    noise = torch.randn(1, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for window, sink in ((3, 0), (3, 1), (None, 0)):
+        cache = net.cache(1, 6, window=window, sink=sink)
+        wanted = torch.cat(list(rollout(net, noise, torch.ones(1), c, 1, cache=cache)), 1)
+        made = list(sample.generate(net, [(0, c)], given, 6, 1, window=window, sink=sink))
+        assert torch.equal(torch.cat(made, 1), wanted)
+        rows.append(wanted)
+    assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+def test_prompts_switch_in_the_order_of_their_frames_counted_in_chunks(tmp_path):
+    run = make_run(tmp_path / "run", {"chunk": 2})
+    args, model = filled(run, "--then", "10", "blue square", "--then", "4", "white circle")
+    texts = sample.encode_texts(args, model, ["red circle", "green circle"], None)
+    words = Words(*model.run["words"])
+    for (at, c), number, prompts in zip(
+        texts,
+        (0, 2, 5),
+        (["red circle", "green circle"], ["white circle"] * 2, ["blue square"] * 2),
+    ):
+        assert at == number and torch.equal(c, words.text(prompts))
+
+
+def test_prompts_become_videos_of_any_length_and_the_seed_decides(random_run, tmp_path, capsys):
+    flags = ["red circle", "blue square", "--frames", "9", "--steps", "2", "--window", "3"]
+    flags += ["--sink", "1", "--samples", "2", "--device", "cpu", "--checkpoint", str(random_run)]
+    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        sample.main([*flags, "--out", str(tmp_path / folder), "--seed", seed])
+    assert re.search(r"[\d.]+ frames per second: 4 x 9 new frames", capsys.readouterr().out)
+
+    videos = sorted((tmp_path / "a").glob("*.mp4"))
+    assert [path.name for path in videos] == [
+        *("blue-square-0-2.mp4", "blue-square-0-3.mp4", "red-circle-0-0.mp4", "red-circle-0-1.mp4")
+    ]
+    assert all(len(read_video(path, 8)) == 9 for path in videos)
+    assert (tmp_path / "a/sheet.png").exists()
+    assert len({path.read_bytes() for path in videos}) == 4, "each video has noise of its own"
+    for path in videos:
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
+        other = path.name.replace("-0-", "-1-")
+        assert (tmp_path / "c" / other).read_bytes() != path.read_bytes()
+
+
+def test_a_clip_is_continued_and_its_frames_come_first(random_run, here):
+    call(random_run, "red circle", "--given", "clip.gif", "--frames", "8", "--out", "on.gif")
+    made, given = read_video("on.gif", 8), read_video("clip.gif", 8)
+    assert len(made) == 8
+    assert (made[:5] - given).abs().mean() < 0.1 < (made[5:] - given[4]).abs().mean()
+
+
+def test_given_frames_takes_some_and_says_so_where_there_are_fewer(random_run, here, capsys):
+    for wanted, taken in (("3", 3), ("9", 5)):
+        args, model = filled(random_run, "--given", "clip.gif", "--given-frames", wanted)
+        assert torch.equal(
+            sample.read_given(args, model, None)[0], read_video("clip.gif", 8)[:taken]
+        )
+    assert capsys.readouterr().out == "--given-frames 9: clip.gif has 5, so all are given\n"
+
+
+def test_a_clip_is_read_and_a_video_written_at_the_pace_of_training(here):
+    run = make_run(here / "run", rate=5, fps=4.0, stride=2)
+    args, model = filled(run, "--given", "clip.gif")
+    given = sample.read_given(args, model, None)
+    assert torch.equal(given[0], read_video("clip.gif", 8, fps=4.0, stride=2))
+    call(run, "--given", "clip.gif", "--out", "x.mp4")
+    with av.open("x.mp4") as file:
+        assert file.streams.video[0].average_rate == 5
+
+
+def test_a_picture_is_continued_too(random_run, here):
+    picture = Sprites(size=8, frames=1)[0][0]
+    pixels = to_bytes(picture)[0]
+    iio.imwrite("still.png", np.pad(pixels, ((0, 0), (3, 3), (0, 0))))
+    args, model = filled(random_run, "--given", "still.png")
+    given = sample.read_given(args, model, None)
+    assert np.array_equal(to_bytes(given[0])[0], pixels), "cropped to the centre"
+    Path("cut.png").write_bytes(Path("still.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="cut.png cannot be read"):
+        call(random_run, "--given", "cut.png")
+
+
+def test_continue_video_counts_given_frames_in_chunks():
+    model = NoiseModel()
+    model.config = Config(chunk=2)
+    video = torch.rand(1, 8, 3, 8, 8)
+    made = sample.continue_video(model, video, torch.zeros(1, 5, 20), 10, given=2, steps=1)
+    assert made.shape == (1, 10, 3, 8, 8) and torch.equal(made[:, :4], video[:, :4])
+    assert model.histories[0].shape == (1, 2, 6, 8, 8)
+
+
+# flags and their checks
+
+
+def test_the_default_window_never_meets_a_relative_position_that_training_did_not_have(tmp_path):
+    for name, config, frames, window in (
+        ("dense", {}, 10, 9),  # the last of 10 frames sees 9
+        ("chunks", {"chunk": 2}, 12, 5),
+        ("window", {"window": 3}, 10, 4),  # as many as are seen in training, and the frame evicted
+        ("short", {"window": 30}, 10, 9),
+    ):
+        run = make_run(tmp_path / name, config, frames=frames)
+        args, _ = filled(run)
+        assert args.window == window, name
+        assert (args.frames, args.steps, args.guidance) == (2 * frames, 4, 2.0)
+
+
+def test_flags_that_are_set_are_kept_and_latents_have_defaults_of_their_own(random_run, tmp_path):
+    args, _ = filled(
+        random_run, "--frames", "9", "--steps", "3", "--guidance", "0", "--window", "0"
+    )
+    assert (args.frames, args.steps, args.guidance, args.window) == (9, 3, 0.0, 0)
+    assert sample.sampler_settings(args)["window"] is None, "0 is all of the history"
+    args, _ = filled(make_run(tmp_path / "latents", data="latents", words=None))
+    assert (args.steps, args.guidance) == (32, 5.0)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["purple circle"], 'unknown word "purple".*red'),
+        (["--frames", "9", "--given", "missing.mp4"], "missing.mp4 cannot be read"),
+        (["--frames", "9", "--given", "notes.txt"], "notes.txt cannot be read as a video"),
+        (["--frames", "2", "--given", "clip.gif"], "clip.gif makes 5 frames; wanted .* --frames 2"),
+        (["--given-frames", "2"], "--given-frames 2 needs --given"),
+        (["--then", "99", "red circle", "--frames", "8"], "--then 99: wanted .* below --frames 8"),
+        (["--then", "0", "red circle"], "--then 0"),
+        (["--then", "soon", "red circle"], "--then soon"),
+        (["--window", "2", "--sink", "2"], "--sink 2 leaves no room in --window 2; --sink 1"),
+        (["--eval", "--frames", "2"], "--frames 2: two of 1 are given; 3 can be measured"),
+        (["--eval", "red circle"], "leave out prompts"),
+        (["--compare", "run", "--given", "clip.gif"], "leave out prompts, --given"),
+        (["--true-history"], "--true-history works with --eval"),
+        (["--out", "video.avi"], "video.avi: wanted a folder, or a file that ends in .mp4 or .gif"),
+        (["--out", "video.AVI"], "video.AVI: wanted a folder, or a file that ends in .mp4"),
+        (["--out", "notes.txt"], "notes.txt: wanted a folder"),
+        (["--eval", "--out", "table.txt"], "table.txt: wanted a folder"),
+        (["--given", "clip.gif", "--out", "clip.gif", "--frames", "6"], "would overwrite --given"),
+        (["--table", "nowhere"], "no .*eval.json; python sample.py --eval --checkpoint nowhere"),
+        (["--table", "nowhere", "--true-history"], "no .*true-history.json; .*--true-history"),
+        (["--compare", "nowhere"], "no checkpoint at nowhere"),
+        (["--wan", "nowhere"], "--wan: this model makes pixels itself"),
+        (["--samples", "3000"], "--samples 3000: 3000 videos in all, but at most 256"),
+        (["red circle", "blue square", "--samples", "200"], "400 videos in all"),
+        (["--frames", "100000000000"], r"--frames 100000000000, 1 at once: .* need [\d,.]+ GiB, .*limit is this machine's [\d,.]+ GiB"),  # noqa: E501
+        (["--eval", "--videos", "100000000000"], r"--videos 100000000000: .*limit is this"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_sampling_is_one_line_and_leaves_no_file(flags, message, random_run, here):
+    Path("notes.txt").write_text("no video")
+    with pytest.raises(ValueError, match=message) as error:
+        call(random_run, *flags)
+    assert "\n" not in str(error.value)
+    assert sorted(os.listdir()) == ["clip.gif", "notes.txt"]
+
+
+def test_flags_are_refused_where_the_model_cannot_follow(tmp_path):
+    plain = make_run(tmp_path / "plain", {"chunk": 2})
+    other = torch.load(plain / "ckpt.pt")
+    other["config"]["top_k"] = None
+    torch.save(other, plain / "ckpt.pt")
+    latents = make_run(tmp_path / "latents", data="latents", words=None)
+    for run, flags, message in (
+        (plain, ["--routing"], "train one with --top-k"),
+        (plain, ["--frames", "7"], "--frames 7 is not divisible by 2, the chunk; 8 would work"),
+        (plain, ["--then", "3", "red circle"], "--then 3: wanted .* divisible by 2"),
+        (latents, [], "this model makes latents: --wan PATH"),
+        (latents, ["--eval"], "--eval needs a model of sprites.*this one learned latents"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(run, *flags)
+
+
+def test_the_memory_that_is_refused_is_the_memory_that_is_used(random_run):
+    net = load_checkpoint(random_run)
+    c = Words(*net.run["words"])("red circle")[None]
+    cost = {}
+    for flags in (*(["--window", "3"], ["--window", "0"], ["--window", "0", "--guidance", "1"]),):
+        args, model = filled(random_run, "--frames", "20", *flags)
+        cache = net.cache(1 if args.guidance == 1 else 2, 20, args.window or None)
+        net(torch.zeros(cache.batch, 1, 3, 8, 8), torch.ones(cache.batch, 1), c, cache=cache)
+        used = cache.k.nbytes + cache.v.nbytes + 3 * 4 * 20 * 3 * 8 * 8
+        cost[tuple(flags)] = sample.memory_needed(args, model, 1)
+        assert 0.8 * used < cost[tuple(flags)] <= used
+        assert sample.memory_needed(args, model, 5) == 5 * cost[tuple(flags)]
+    assert len(set(cost.values())) == 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"frames": None}, "None is its flag frames"),
+        ({"frames": "ten"}, "'ten' is its flag frames"),
+        ({"frames": 0}, "0 is its flag frames"),
+        ({"rate": "fast"}, "'fast' is its flag rate"),
+        ({"objects": None}, "None is its flag objects"),
+        ({"data": 3}, "3 is its flag data"),
+        ({"words": "red"}, "'red' is its vocabulary"),
+        ({"words": [["red"], "2"]}, "its vocabulary"),
+        ({"words": [[1, 2], 2]}, "its vocabulary"),
+    ],
+)
+def test_a_checkpoint_made_by_hand_is_refused_in_one_line(changes, message, tmp_path):
+    run = make_run(tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match=f"run is no run of train.py: .*{message}") as error:
+        call(run)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--steps", "0"], ["--steps", "100000000"], ["--time-shift", "0"], ["--guidance", "nan"]),
+        *(["--guidance", "-1"], ["--seed", str(2**63)], ["--samples", "2.5"], ["--window", "-1"]),
+        *(["--frames", "ten"], ["--frames", str(10**13)], ["--device", "tpu"], ["--sink"]),
+    ],
+)
+def test_bad_flags_of_sampling_are_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.parse(flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.count("\n") == 1 and flags[0] in err
+
+
+def test_number_types_accept_their_bounds_and_nothing_beyond():
+    for read, good, bad in (
+        (sample.positive_int, ("1", "12"), ("0", "1.0", "")),
+        (sample.nonnegative_int, ("0",), ("-1",)),
+        (sample.positive_float, ("1e-9", "2"), ("0", "inf", "nan")),
+        (sample.nonnegative_float, ("0", "0.5"), ("-0.1", "x")),
+        (sample.fraction, ("0", "1"), ("1.01", "-1")),
+        (sample.seed_int, ("0", str(2**63 - 1)), ("-1", str(2**63))),
+        (sample.bounded_float(0, 1, open_low=True), ("1",), ("0",)),
+    ):
+        for text in good:
+            assert read(text) == type(read(text))(text)
+        for text in bad:
+            with pytest.raises(sample.argparse.ArgumentTypeError, match=f"got {text}, wanted a"):
+                read(text)
+
+
+def test_help_opens_with_the_usage_page_and_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        sample.parse(["-h"])
+    out = capsys.readouterr().out
+    assert 'python sample.py "red circle" --then 24 "white square"' in out
+    flags = re.findall(r'"(--[a-z-]+)"', Path(sample.__file__).read_text().split("def check")[0])
+    assert len(flags) > 20
+    for flag in flags:
+        assert re.search(rf"^  {flag}\b.*(\n {{20,}}|  )\S", out, re.M), f"{flag} has no help"
+
+
+def test_scripts_end_in_one_line_and_only_rank_0_speaks(monkeypatch, capsys):
+    def refuse(argv):
+        raise ValueError("two\nlines")
+
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["path/to/sample.py"])
+    for rank, main, status, line in (
+        (None, refuse, 2, "sample.py: two lines\n"),
+        (None, interrupt, 130, "sample.py: interrupted\n"),
+        ("0", refuse, 0, "sample.py: two lines\n"),
+        ("1", refuse, 0, ""),
+        ("1", lambda argv: sample.parse(["--frames", "0"]), 0, ""),
+    ):
+        monkeypatch.delenv("RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            sample.run_main(main, [])
+        assert (stop.value.code, capsys.readouterr().err) == (status, line)
+
+
+def test_devices_are_what_torch_offers_and_the_fastest_is_the_default(monkeypatch):
+    for cuda, mps, names in (
+        (0, False, ["cpu"]),
+        (0, True, ["cpu", "mps"]),
+        (2, False, ["cpu", "cuda:0", "cuda:1", "cuda"]),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=cuda: n)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda n=cuda: n > 0)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda offered=mps: offered)
+        assert sample.list_devices() == names
+    assert sample.default_device() == sample.DEVICES[-1]
+
+
+def test_the_latest_run_is_the_one_written_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="there is no checkpoint under runs/"):
+        sample.latest_run()
+    for name, written in (("a", 2), ("b", 3), ("c", 1)):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "ckpt.pt").touch()
+        os.utime(Path("runs", name, "ckpt.pt"), (written, written))
+    assert sample.latest_run() == Path("runs/b")
+
+
+def test_autocast_is_for_cuda():
+    with sample.autocast("cpu"):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+# no video is replaced silently
+
+
+def test_a_video_made_with_other_settings_is_never_replaced(random_run, tmp_path):
+    def made(*flags):
+        call(random_run, "red circle", "--out", str(tmp_path), "--frames", "4", *flags)
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    first = made()
+    assert sorted(first) == ["red-circle-0-0.mp4", "red-circle-0-0.png", "settings.json"]
+    assert made() == first, "the same settings replace their own video by the same bytes"
+
+    second = made("--window", "2")
+    assert sorted(set(second) - set(first)) == ["red-circle-0-0-2.mp4", "red-circle-0-0-2.png"]
+    assert second["red-circle-0-0.mp4"] == first["red-circle-0-0.mp4"]
+    assert "red-circle-0-0-3.mp4" in made("--guidance", "1")
+    assert len(made("--window", "2")) == 7, "each has found its own again"
+
+    (tmp_path / "settings.json").write_text("{")
+    assert "red-circle-0-0-4.mp4" in made(), "without a record, a file is somebody else's"
+
+
+def test_everything_that_decides_a_video_is_part_of_its_settings(random_run, here):
+    with writer("other.gif") as out:
+        out(Sprites(size=8, frames=5)[1][0])
+
+    def settings(*flags, run=random_run):
+        return sample.video_settings(filled(run, "--given", "clip.gif", *flags)[0])
+
+    different = [
+        *(["red circle"], ["--steps", "7"], ["--time-shift", "2"], ["--guidance", "3"]),
+        *(["--window", "2"], ["--sink", "1"], ["--seed", "1"], ["--frames", "11"]),
+        *(["--samples", "2"], ["--then", "6", "red circle"], ["--given-frames", "2"]),
+        *(["--given", "other.gif"], ["--wan", "wan"], ["--wan", "wan", "--negative", "blurry"]),
+    ]
+    found = [settings(*flags) for flags in [[], *different]]
+    copied = here / "run"
+    shutil.copytree(random_run, copied)
+    found.append(settings(run=copied))
+    os.utime(copied / "ckpt.pt", (1, 1))
+    found.append(settings(run=copied))
+    os.utime("clip.gif", (1, 1))
+    found.append(settings())
+    assert len({json.dumps(one, sort_keys=True) for one in found}) == len(found)
+
+    for same in (["--out", "x.mp4"], ["--compile"], ["--routing"], ["--overwrite"]):
+        assert settings(*same) == settings()
+    assert json.loads(json.dumps(settings())) == settings(), "a record reads back as it was"
+
+
+def test_a_name_given_by_the_user_is_replaced_only_by_the_same_settings(random_run, here):
+    call(random_run, "--out", "x.mp4", "--frames", "3")
+    before = Path("x.mp4").read_bytes()
+    call(random_run, "--out", "x.mp4", "--frames", "3")
+    for flags in (["--frames", "4"], ["--frames", "3", "--seed", "1"], ["--eval", "--videos", "1"]):
+        with pytest.raises(ValueError, match="x.* is there already, .*or --overwrite, would work"):
+            call(random_run, "--out", "x.mp4", *flags)
+        assert Path("x.mp4").read_bytes() == before
+    call(random_run, "--out", "x.mp4", "--frames", "4", "--overwrite")
+    assert len(read_video("x.mp4", 8)) == 4
+    call(random_run, "--out", "x.mp4", "--frames", "4")
+
+
+def test_everything_that_decides_a_comparison_is_part_of_its_settings(random_run, tmp_path):
+    def settings(*flags, runs=(random_run,)):
+        own = [filled(run, "--eval", *flags)[0] for run in runs]
+        return sample.comparison_settings(own)
+
+    different = (["--steps", "7"], ["--window", "2"], ["--guidance", "3"], ["--seed", "1"])
+    different += (["--frames", "11"], ["--videos", "3"], ["--true-history"])
+    found = [settings(*flags) for flags in ([], *different)]
+    copied = shutil.copytree(random_run, tmp_path / "run")
+    found += [settings(runs=[copied]), settings(runs=[random_run, copied])]
+    assert len({json.dumps(one, sort_keys=True) for one in found}) == len(found)
+    assert settings("--out", "x.gif") == settings()
+
+
+def test_bf16_on_cuda_makes_another_video(random_run):
+    args, _ = filled(random_run)
+    cpu = sample.video_settings(args)
+    args.device = "cuda:1"
+    cuda = sample.video_settings(args)
+    args.device = "cuda"
+    assert sample.video_settings(args) == cuda != cpu
+
+
+def test_a_number_is_added_until_the_name_is_neither_there_nor_taken(tmp_path):
+    path = tmp_path / "x.mp4"
+    (tmp_path / "x-2.mp4").touch()
+    assert sample.numbered(path, {}, []) == path
+    assert sample.numbered(path, {}, [path]) == tmp_path / "x-3.mp4"
+
+
+def test_frames_go_to_their_own_file_and_small_ones_to_the_sheet():
+    video = torch.rand(2, 3, 3, 200, 300)
+    files = [[], []]
+    small = sample.append_frames([files[0].append, files[1].append], video)
+    assert small.shape == (2, 3, 3, 66, 100)
+    assert torch.equal(torch.stack([files[0][0], files[1][0]]), video)
+
+
+def test_compile_reaches_every_run(random_run, here, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(CausalDiT, "compile_blocks", lambda self: compiled.append(self))
+    call(random_run, "--frames", "2", "--out", "a.gif")
+    assert not compiled
+    call(random_run, "--frames", "2", "--out", "b.gif", "--compile")
+    assert len(compiled) == 1
+
+
+def test_capitals_in_an_ending_make_a_file_and_no_folder(random_run, here):
+    call(random_run, "--out", "x.MP4", "--frames", "3")
+    assert Path("x.MP4").is_file() and len(read_video("x.MP4", 8)) == 3
+
+
+def test_several_videos_in_one_named_file_are_numbered(random_run, here):
+    call(random_run, "red circle", "", "--out", "x.gif", "--frames", "3")
+    assert sorted(path.name for path in here.glob("x*")) == ["x-0.gif", "x-1.gif", "x.png"]
+
+
+# metrics
+
+
+def test_eval_continues_two_frames_of_held_out_clips():
+    truth, made, scores = evaluate(NoiseModel(), frames=5, videos=3)
+    test = Sprites(8, 5, 0, "test", 2)
+    assert all(torch.equal(truth[i], test[i][0]) for i in range(3)), "not those of training"
+    assert torch.equal(made[:, :2], truth[:, :2])
+    assert made.shape == truth.shape and scores.shape == (3, 5, 3)
+
+
+def test_eval_draws_new_noise_for_every_batch_and_every_frame():
+    batch = sample.EVAL_BATCH
+
+    def noise(seed, *shape):
+        return torch.randn(*shape, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+    _, made, _ = evaluate(NoiseModel(), 5, batch + 1, seed=9)
+    assert torch.equal(made[:batch, 2:], noise(9 + 2, batch, 3))
+    assert torch.equal(made[batch:, 2:], noise(9 + batch + 2, 1, 3))
+
+    _, made, _ = evaluate(NoiseModel(), 5, batch + 1, seed=9, true_history=True)
+    for n in (2, 3, 4):
+        assert torch.equal(made[:batch, [n]], noise(9 + n, batch, 1))
+        assert torch.equal(made[batch:, [n]], noise(9 + batch + n, 1, 1))
+
+
+def test_on_true_history_each_frame_continues_the_truth():
+    for window in (3, None):
+        model = NoiseModel()
+        truth, made, _ = evaluate(model, frames=6, window=window, true_history=True)
+        for n, history in enumerate(model.histories, 2):
+            assert torch.equal(history, truth[:, max(0, n - (window or n)) : n])
+        assert len(model.histories) == 4 and made.shape == truth.shape
+
+
+def test_the_table_has_means_and_standard_errors_by_thirds():
+    scores = torch.zeros(4, 6, 3)  # (B, T, [visual, temporal, text])
+    scores[:, :2, 0] = 10.0
+    scores[:, 2:4, 1] = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
+    scores[:, 4:, 2] = torch.tensor([[8.0, torch.nan]] * 4)
+    lines = sample.metrics_table(scores).splitlines()
+    assert lines[0].split() == ["frames", "Temporal", "Visual", "Text"]
+    assert lines[1].split() == "0-1 0.00 ± 0.00 10.00 ± 0.00 0.00 ± 0.00".split()
+    assert lines[2].split() == "2-3 2.50 ± 0.65 0.00 ± 0.00 0.00 ± 0.00".split()
+    assert lines[3].split() == "4-5 0.00 ± 0.00 0.00 ± 0.00 8.00 ± 0.00".split()
+    assert lines[4].split() == "0-5 0.83 ± 0.22 3.33 ± 0.00 1.60 ± 0.00".split()
+
+
+def test_evaluations_are_written_compared_and_gathered(random_run, tmp_path, capsys):
+    runs = [str(shutil.copytree(random_run, tmp_path / name)) for name in ("toy-0", "toy-1")]
+    flags = ["--videos", "2", "--frames", "9", *FLAGS]
+    sample.main(["--compare", *runs, *flags, "--out", str(tmp_path / "both.gif")])
+    out = capsys.readouterr().out
+    assert out.count("2 held-out videos, 9 frames, the first 2 given, window 3, 1 steps\n") == 2
+    assert iio.imread(tmp_path / "both.gif").shape[0] == 9 and (tmp_path / "both.png").exists()
+    sheet = iio.imread(tmp_path / "both.png")[:, 96:]  # right of the labels
+    truth, one, other = np.split(sheet, 6)[:3]
+    assert (one == other).all() and (truth != one).any(), "two runs of one model, below the truth"
+    saved = json.loads((tmp_path / "toy-1/samples/eval.json").read_text())
+    assert np.array(saved["frames"]).shape == (9, 3) and saved["args"]["videos"] == 2
+
+    sample.main(["--table", *runs])
+    table = capsys.readouterr().out
+    assert re.search(r"toy, 2 seeds\n.*\n +0-2 .*± +0.00", table), "the same weights, so no spread"
+    assert re.findall(r"(\S+) ±", table) == re.findall(r"(\S+) ±", out)[:12], "as --eval printed"
+
+    sample.main(["--eval", "--true-history", "--checkpoint", runs[0], *flags])
+    assert "on true history" in capsys.readouterr().out
+    assert (tmp_path / "toy-0/samples/eval.gif").exists()
+    sample.main(["--true-history", "--table", runs[0]])
+    assert "toy, 1 seed\n" in capsys.readouterr().out
+
+
+def test_eval_passes_its_flags_on_and_replaces_its_own_picture(here, monkeypatch):
+    run = make_run(here / "run")
+    calls = []
+
+    def spy(model, frames, videos, **options):
+        calls.append((frames, videos, options))
+        return torch.zeros(1, 5, 3, 8, 8), torch.ones(1, 5, 3, 8, 8), torch.zeros(1, 5, 3)
+
+    monkeypatch.setattr(sample, "evaluate", spy)
+    flags = ["--eval", "--frames", "5", "--videos", "7", "--window", "2", "--sink", "1"]
+    flags += ["--seed", "3", "--guidance", "4", "--time-shift", "6", "--out", "x.gif"]
+    for _ in range(2):
+        call(run, *flags, "--true-history")
+    options = {"steps": 1, "time_shift": 6.0, "guidance": 4.0, "window": 2, "sink": 1, "seed": 3}
+    assert calls == [(5, 7, options | {"true_history": True})] * 2
+    with pytest.raises(ValueError, match="x.gif is there already, made with other settings"):
+        call(run, *flags)
+
+
+def test_tables_of_other_lengths_or_other_files_are_refused(tmp_path):
+    paths = [tmp_path / f"toy-{seed}/samples/eval.json" for seed in (0, 1)]
+    for path, frames in zip(paths, (9, 18)):
+        sample.save_scores(path, {"seed": 1}, torch.ones(2, frames, 3))
+    runs = [str(path.parent.parent) for path in paths]
+    with pytest.raises(ValueError, match="the seeds of toy have 9, 18 frames; wanted the same"):
+        sample.main(["--table", *runs])
+    for content in ('{"frames', "{}", '{"frames": 3}', "[]", '{"frames": [[1, 2]]}'):
+        paths[0].write_text(content)
+        with pytest.raises(ValueError, match="toy-0/samples/eval.json is not what --eval writes"):
+            sample.main(["--table", *runs])
+
+
+def test_runs_are_compared_in_one_world_and_named_apart(random_run, tmp_path):
+    wall = make_run(tmp_path / "wall", wall=True)
+    with pytest.raises(ValueError, match="these runs learned different worlds"):
+        sample.main(["--compare", str(random_run), str(wall), *FLAGS])
+    assert not (wall / "samples").exists()
+    for folders, names in (
+        (("a/x", "a/y"), ["x", "y"]),
+        (("a/x", "b/x"), [str(tmp_path / "a/x"), str(tmp_path / "b/x")]),
+    ):
+        runs = [tmp_path / folder for folder in folders]
+        for run in runs:
+            run.mkdir(parents=True, exist_ok=True)
+        args = [sample.argparse.Namespace(checkpoint=run) for run in runs]
+        assert sample.row_names(args) == names
+
+
+# pictures
+
+
+def test_a_comparison_has_a_row_for_each_name_and_pads_with_white(tmp_path):
+    long = torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None].expand(2, 3, 3, 8, 8)
+    videos = {"long": long, "short": -torch.ones(2, 1, 3, 8, 8)}
+    sample.write_comparison(tmp_path / "two", videos, 8)
+    gif = iio.imread(tmp_path / "two.gif")[..., :3]  # (T, height, width, 3)
+    half = gif.shape[1] // 2
+    inside = np.s_[10 : half - 10, 106:150]  # of the first video, right of its label
+    assert len(gif) == 3
+    for t, (upper, lower) in enumerate(((0, 0), (128, 255), (255, 255))):
+        assert (gif[t, :half][inside] == upper).all()
+        assert (gif[t, half:][inside] == lower).all()
+    assert (tmp_path / "two.png").exists()
+    sample.write_comparison(tmp_path / "latents", {"one": torch.randn(1, 2, 4, 40, 40)}, 8)
+
+
+def test_a_contact_sheet_shows_time_from_left_to_right():
+    video = torch.linspace(-1, 1, 9)[:, None, None, None].expand(9, 3, 8, 8)
+    sheet = sample.contact_sheet([video, video], columns=3, height=16)
+    assert sheet.shape == (36, 54, 3), "two rows of three frames of 16 pixels, framed by one"
+    assert [int(sheet[8, x, 0]) for x in (8, 26, 44)] == [0, 128, 255]
+    assert sample.contact_sheet([video], 3, ["red"], 16).shape == (18, 54 + 96, 3)
+
+
+# routing
+
+
+def test_recorded_routing_is_what_attention_picks(random_run, monkeypatch):
+    net = load_checkpoint(random_run)
+    pick, calls = routing.pick, []
+
+    def spy(*args):
+        calls.append(pick(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(routing, "pick", spy)
+    shares = [[], []]
+    given = torch.rand(1, 1, 3, 8, 8)
+    c = torch.zeros(1, 5, 20)
+    with sample.record_routing(net, shares):
+        list(sample.generate(net, [(0, c)], given, 7, 1, window=4, sink=1))
+    passes = [calls[i : i + 2] for i in range(0, len(calls), 2)]
+    assert len(passes) == 6 * 2, "six frames, two layers; attention, then the recorder"
+    assert not passes[0][0][1].all(), "the first has but one frame to pick"
+    for (picked, valid), again in passes:
+        assert torch.equal(picked, again[0]) and torch.equal(valid, again[1])
+
+    for i, (picked, valid) in enumerate(first for first, _ in passes):
+        share = shares[i % 2][i // 2]
+        last = picked[:, :, -1][valid[:, :, -1]]
+        tokens = picked[:, :, -1, :, 0].numel()
+        for column in range(len(share)):
+            assert share[column] == (last == column).sum() / tokens
+
+    calls.clear()
+    list(sample.generate(net, [(0, c)], given, 2, 1))
+    assert len(calls) == 2, "outside, nothing is recorded"
+
+
+def test_routing_is_printed_and_drawn(random_run, tmp_path, capsys):
+    flags = ["--routing", "--frames", "6", "--window", "0", "--out", str(tmp_path)]
+    call(random_run, *flags, "--steps", "2")
+    out = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in out if line.strip().startswith(("layer", "mean"))]
+    assert [row[:-5] for row in rows] == [["layer", "0"], ["layer", "1"], ["mean"]]
+    layers = np.array([[float(z) for z in row[-5:]] for row in rows])
+    assert (abs(layers.sum(1) - 2) < 0.03).all(), "each token picks top_k frames"
+    assert abs(layers[:2].mean(0) - layers[2]).max() < 0.02
+    assert "   frame    0    1    2    3    4" in out
+    assert iio.imread(tmp_path / "routing.png").ndim == 3
+
+
+def test_history_frames_have_their_own_numbers_under_a_window():
+    assert sample.history_frames(6, 5, 0) == [0, 1, 2, 3, 4]
+    assert sample.history_frames(11, 4, 0) == [6, 7, 8, 9]
+    assert sample.history_frames(11, 4, 1) == [0, 7, 8, 9]
+
+
+def test_the_routing_picture_is_yellow_where_all_pick_and_black_where_none_do():
+    page = sample.draw_routing([[0.0, 1.0], [1.0, 0.0]], ["layer 0", "mean"], [0, 1])
+    corners = [
+        [tuple(page[47 + 24 * row, 67 + 36 * column]) for column in (0, 1)] for row in (0, 1)
+    ]
+    yellow, black = (255, 217, 51), (0, 0, 0)
+    assert corners == [[black, yellow], [yellow, black]]
+    wider = sample.draw_routing([[0.0] * 5] * 2, ["layer 0", "mean"], range(5))
+    assert wider.shape[1] - page.shape[1] == 3 * 36, "a column for each frame"
+    assert (page[:44] < 100).any() and (page[44:, :60] < 100).any(), "both axes are labelled"
+
+
+# speed
+
+
+def test_the_time_of_a_frame_is_printed_by_its_number(capsys):
+    seconds = [0.9] * 20 + [0.01] * 40 + [0.02] * 40
+    args = sample.parse(["--steps", "4", "--guidance", "1", "--device", "cpu"])
+    sample.print_speed(args, "100 frames", 100, seconds, [0.0] * 100)
+    out = capsys.readouterr().out
+    assert out.startswith("5.2 frames per second: 100 frames in 19.2 s, 4 steps each, writing")
+    quarters = "10.0 ms (21 to 40), 10.0 ms (41 to 60), 20.0 ms (61 to 80), 20.0 ms (81 to 100)"
+    assert f"median time of a frame: {quarters}\n" in out
+    args = sample.parse(["--steps", "4", "--guidance", "5", "--device", "cpu", "--wan", "WAN"])
+    sample.print_speed(args, "3 frames", 3, [0.5] * 3, [1.0] * 3)
+    out = capsys.readouterr().out
+    assert "2.0 frames per second" in out and "guidance counted" in out
+    assert "; 0.7 with the VAE's decoding" in out
+
+
+def test_timed_counts_the_wait_for_an_item_and_not_its_use():
+    seconds, items = [], iter("abc")
+    for number, item in enumerate(sample.timed(items, seconds)):
+        assert item == "abc"[number] and len(seconds) == number + 1
+
+
+# ---- README.md and the repository ----
+
+
+README = (HERE / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+MODULES = {
+    "rf": rf,
+    "routing": routing,
+    "model": model_py,
+    "data": data,
+    "train": train,
+    "sample": sample,
+}
+
+
+def test_the_readme_names_what_exists():
+    rows = re.findall(r"`(\w+)\.(\w+)`", README)
+    rows = [(file, name) for file, name in rows if file in MODULES and name != "py"]
+    assert len(rows) >= 9
+    for file, name in rows:
+        assert hasattr(MODULES[file], name), f"{file}.{name}"
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    for path in links:
         assert (HERE / path).exists(), path
-    for number in range(2, 10):
-        assert any(f"Eq. ({number})" in (HERE / f"{file}.py").read_text() or f"Eqs. (2) and ({number})" in
-                   (HERE / f"{file}.py").read_text() or f"Eqs. ({number})" in (HERE / f"{file}.py").read_text()
-                   for file in ("rf", "routing")), number
 
 
-def test_the_code_stays_small():
-    lines = {name: (HERE / f"{name}.py").read_text().splitlines() for name in ("rf", "routing", "model", "data", "train", "sample")}
-    assert sum(len(lines[name]) for name in ("rf", "routing", "model")) < 700
-    assert sum(bool(line.strip()) for file in lines.values() for line in file) < 2000  # docstrings and comments included
+@pytest.mark.parametrize("number", range(2, 10))
+def test_each_equation_is_found_by_its_number(number):
+    lines = [line for file in MODULES for line in (HERE / f"{file}.py").read_text().splitlines()]
+    found = [line for line in lines if re.search(rf"Eqs?\. .*\({number}\)", line)]
+    assert any(line.lstrip().startswith('"""') for line in found), "leads a docstring"
 
 
-def test_the_readme_commands_parse():
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    loops = {name: first for block in blocks for name, first in re.findall(r"for (\w+) in (\S+)", block)}
-    commands = [re.sub(r"\$(\w+)", lambda name: loops[name[1]], line.split(" #")[0].split("&&")[-1].strip())
-                for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+def readme_commands():
+    """Every command of the README's blocks, loop variables set to their first value."""
+    for block in BLOCKS:
+        first = dict(re.findall(r"for (\w+) in (\S+)", block))
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"\$(\w+)", lambda name, first=first: first[name[1]], line)
+            for command in line.split(" #")[0].split("&&"):
+                yield command.strip()
+
+
+def test_the_commands_of_the_readme_parse():
+    parsers = {"train.py": train.parse, "sample.py": sample.parse, "data.py": data.parse}
     parsed = 0
-    for command in commands:
+    for command in readme_commands():
         words = shlex.split(command)
-        for script, parse in (("train.py", train.parse), ("sample.py", sample.parse), ("data.py", data.parse)):
-            if script in words:
-                flags = words[words.index(script) + 1:]
-                parse([flag for flag in flags if flag != "--resume"])
-                parsed += 1
-    assert parsed >= 6 and "pip install -r requirements.txt && pytest" in "\n".join(
-        line.strip() for block in blocks for line in block.splitlines())
-    assert "pip install -r requirements.txt && pytest" in (HERE / ".ci/run").read_text()
+        for script in set(parsers) & set(words):
+            flags = words[words.index(script) + 1 :]
+            parsers[script]([flag for flag in flags if flag != "--resume"])
+            parsed += 1
+    assert parsed > 20
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = "pip install -r requirements.txt && pytest"
+    assert any(command in block for block in BLOCKS)
+    assert command in (HERE / ".ci/run").read_text()
+
+
+# What makes a command of the README take seconds. A flag that stands twice counts the last time.
+CUTS = {
+    "train.py": "--size 8 --frames 6 --dim 48 --heads 2 --layers 1 --batch 2 --accumulate 1 "
+    "--steps 2 --warmup 1 --lr-warmup 1 --sample-steps 1 --sample-every 2 --device cpu",
+    "sample.py": "--frames 18 --steps 1 --videos 2 --samples 1 --device cpu",
+    "encode": "--size 32x48 --frames 21 --device cpu",
+    "results/bench_attention.py": "--frames 3 --tokens 4 --batch 1 --repeats 1 --device cpu",
+    "results/bench_video.py": "--files 2 --seconds 1",
+}
+
+SHIM = """#!{python}
+import os, shlex, sys
+
+name, argv = os.path.basename(sys.argv[0]), sys.argv[1:]
+if name in ("pip", "pytest", "ruff"):
+    sys.exit(0)
+scripts = [i for i, word in enumerate(argv) if word.endswith(".py")]
+flags = argv[scripts[0] + 1 :]
+script = argv[scripts[0]]
+key = "encode" if "encode" in flags else script
+if "--dry-run" not in flags and "--table" not in flags:
+    flags += shlex.split({cuts!r}[key])
+if "--resume" in flags:  # one more step
+    flags += ["--steps", "3"]
+if "wan-1.3b" in flags and "--dry-run" not in flags:
+    flags[flags.index("--device") :] = ["--patch", "2", "--device", "cpu"]
+run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+run = run if name == "torchrun" else []
+os.execv({python!r}, [{python!r}, *run, script, *flags])
+"""
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory, wan_folder):
+    """A folder as the README assumes it: the files, a shortened `python`, VIDEOS, FOLDER, WAN."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    for path in [*HERE.glob("*.py"), HERE / "results"]:
+        (folder / path.name).symlink_to(path)
+    (folder / "bin").mkdir()
+    shim = SHIM.format(python=sys.executable, cuts=CUTS)
+    for name in ("python", "torchrun", "pip", "pytest", "ruff"):
+        (folder / "bin" / name).write_text(shim)
+        (folder / "bin" / name).chmod(0o755)
+    for name in ("VIDEOS/a.mp4", "VIDEOS/b.mp4", "FOLDER/a.mp4", "FOLDER/b.mp4", "clip.mp4"):
+        with writer(folder / name, 16) as out:
+            out(Sprites(64, 24)[len(name)][0])
+
+    import diffusers
+
+    shutil.copytree(wan_folder, folder / "WAN")
+    network = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=256,
+        ffn_dim=192,
+        num_layers=1,
+        cross_attn_norm=True,
+    )
+    network.save_pretrained(folder / "WAN/transformer")
+    return folder
+
+
+@pytest.mark.readme
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_the_commands_of_the_readme_run(number, newcomer):
+    """In the README's order: later blocks use the runs of earlier ones."""
+    env = dict(os.environ, PATH=f"{newcomer / 'bin'}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        ["bash", "-ec", BLOCKS[number]],
+        cwd=newcomer,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, f"{BLOCKS[number]}\n{done.stdout[-3000:]}"
+    assert "Traceback" not in done.stdout, done.stdout[-3000:]

@@ -1,12 +1,17 @@
 """Train an autoregressive video model from scratch, without a teacher: Algorithm 1.
 
-  python train.py                                       moving sprites, a quarter of an hour on a laptop
+  python train.py                                       moving sprites, on a laptop in 12 minutes
   python train.py --data clips --size 64 --frames 16    a folder of your own videos
   torchrun --nproc-per-node 8 train.py --frames 60      many processes, the same batch
 
-First teacher forcing (--warmup steps), then --history: "resample" redraws the history with the model's own mistakes.
-The run's folder holds ckpt.pt, config.json, log.jsonl and samples/. Ctrl-C saves; --resume goes on, bit for bit.
+Training starts with teacher forcing (--warmup steps), then continues with --history: "resample"
+redraws the history with the model's own mistakes. The run's folder holds ckpt.pt, config.json,
+log.jsonl and samples/. Ctrl-C saves and stops; --resume continues bit for bit.
+
+B videos, T latent frames or pictures, N frames (chunks of them), C channels, L words.
 """
+
+import atexit
 import copy
 import ctypes
 import json
@@ -20,258 +25,621 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
-from unittest.mock import patch
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-import rf
-import sample
-from data import DEVICES, Parser, amount, fold, latest_run, multiple, natural, number, open_data, pixels, plus, positive, seed, share
-from model import PRESETS, CausalDiT, load_checkpoint, load_wan, read_checkpoint
+from data import fold, one_line, open_data, parse_size, round_up
+from model import (
+    PRESETS,
+    CausalDiT,
+    load_checkpoint,
+    load_wan,
+    load_weights,
+    read_checkpoint,
+)
 from rf import HISTORY, flow_matching_loss
-from sample import compare, extend, timed
+from sample import (
+    DEVICES,
+    bounded_float,
+    bounded_int,
+    continue_video,
+    default_device,
+    evaluate,
+    fraction,
+    latest_run,
+    memory_of,
+    metrics_table,
+    new_parser,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    run_main,
+    save_scores,
+    seed_int,
+    timed,
+    write_comparison,
+)
 
-PAPER = dict(  # the other flags' defaults with --preset wan-...
-    data="latents", frames=21, size=(480, 832), warmup=10_000, steps=25_000, batch=64, lr=5e-5, decay="constant", ema=0.999,
-    time_shift=3.0, sample_steps=32, guidance=5.0, recompute=True)
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl; a run's folder is not locked there
+    fcntl = None
 
-def parse(argv):
-    parser = Parser(__doc__)
-    add = parser.add
-    add("--data", "sprites", 'what to learn: "sprites", a folder of videos, or one of latents (.npz)')
-    add("--out", None, "the run's folder (default: a new numbered one under runs/)", type=Path)
-    add("--frames", None, "length of a training clip (default: 10, or more for whole chunks; 21 for Wan)", type=positive)
-    add("--size", 16, "height and width in pixels, or HEIGHTxWIDTH", type=pixels)
-    add("--fps", 0.0, "read videos at this rate; 0: each at its own", type=amount)
-    add("--stride", 1, "take every so manieth frame of a video", type=positive)
-    add("--objects", 2, "sprites in a clip", type=positive)
-    add("--wall", False, "sprites pass behind a wall", action="store_true")
-    add("--withheld", 0.0, "share of the sprite clips without a caption", type=share)
-    add("--preset", "toy", "size of the network", choices=PRESETS)
-    for flag, what in (("--dim", "width of the network, a quarter of its MLPs'"), ("--heads", "attention heads"),
-                       ("--layers", "blocks"), ("--patch", "pixels along a side of a token"),
-                       ("--chunk", "latent frames in a frame, the paper: 3")):
-        add(flag, None, f"{what} (default: the preset's)", type=positive)
-    add("--top-k", None, "history frames that each token may look at, Eq. (9) (default: all)", type=positive)
-    add("--window", None, "history frames in sight, also in training (default: all)", type=positive)
-    add("--history", "resample", "what the frames see of their past, after the warm-up (Table 2)", choices=HISTORY)
-    add("--warmup", 2100, "steps of teacher forcing before that", type=natural)
-    add("--steps", 3200, "optimizer steps in all", type=positive)
-    add("--shift", 0.6, "s of Eq. (7): below 1, the resampled history stays nearer to the truth", type=plus)
-    add("--resample-steps", 1, "Euler steps from t_s to 0, Eq. (5)", type=positive)
-    add("--resample-share", 1.0, "share of the batches whose history is redrawn", type=share)
-    add("--noise", 0.3, 'largest noise level of --history noise', type=share)
-    add("--time-shift", 2.0, "Eq. (7) on the noise levels t of the loss: above 1, more noise (real images: 3 to 5)", type=plus)
-    add("--drop", 0.1, "share of the clips whose text is dropped, for guidance", type=share)
-    add("--batch", 16, "clips per optimizer step, over all processes", type=positive)
-    add("--accumulate", 1, "passes that share an optimizer step", type=positive)
-    add("--lr", 1e-2, "peak learning rate", type=plus)
-    add("--lr-warmup", 100, "steps in which the learning rate rises", type=natural)
-    add("--decay", "linear", "how it falls after that, to 0 at --steps", choices=("constant", "linear", "cosine"))
-    add("--clip", 1.0, "largest norm of the gradient", type=plus)
-    add("--ema", 0.998, "decay of the averaged weights that sampling uses", type=number(float, 0, 0.999999))
-    add("--seed", 0, "of weights, clips and noise", type=seed)
-    add("--init", None, "start from the weights of another run (its folder or ckpt.pt)", type=Path)
-    add("--resume", False, "go on with --out, or with the latest run under runs/", action="store_true")
-    add("--save-every", 500, "steps between checkpoints", type=positive)
-    add("--sample-every", 500, "steps between pictures and held-out losses", type=positive)
-    add("--sample-steps", 4, "Euler steps per frame in these", type=positive)
-    add("--sample-shift", 5.0, "Eq. (7) on these steps: above 1, more of them at high noise", type=plus)
-    add("--guidance", 2.0, "how much the text counts in these", type=amount)
-    add("--workers", None, "processes that decode videos (default: 2; sprites need none)", type=natural)
-    add("--precision", None, "fp32 or bf16 autocast (default: bf16 on CUDA)", choices=("fp32", "bf16"))
-    add("--compile", False, "torch.compile each block, a minute at first", action="store_true")
-    add("--recompute", False, "run each block again in backward and keep less: saves memory", action="store_true")
-    add("--fsdp", False, "with torchrun: weights, gradients and moments spread over the processes", action="store_true")
-    add("--device", DEVICES[-1], "where to run", choices=DEVICES)
-    add("--dry-run", False, "say what a run would cost, and do nothing", action="store_true")
-    add("--gpus", 1, "for --dry-run: how many devices share the batch", type=positive)
-    add("--gpu-memory", 141.0, "for --dry-run: GiB on each", type=plus)
-    add("--tflops", 989.0, "for --dry-run: what each can do at best, in 1e12 FLOPs per second", type=plus)
-    add("--mfu", 0.45, "for --dry-run: the share of that which is expected", type=number(float, 0, 1, above=True))
-    args = parser.parse_args(argv)
-    if args.resume:  # the run's own flags, unless the command line says otherwise
-        out = args.out or latest_run()
-        out = out.parent if out.is_file() else out
-        saved = read_checkpoint(out)["args"].items()
-        parser.set_defaults(**{k: v for k, v in saved if k not in ("resume", "device", "init", "words", "fsdp")} | {"out": out})
-    elif args.preset.startswith("wan"):
-        parser.set_defaults(**PAPER)
-    args = parser.parse_args(argv)
-    chunk = args.chunk or PRESETS[args.preset].chunk
-    args.frames = args.frames or multiple(max(10, 2 * chunk), chunk)
-    args.precision = args.precision or ("bf16" if "cuda" in args.device or args.dry_run else "fp32")
-    return args
 
-def check_files(args):
-    """What can be known of --init and --out before any data is opened, in every process alike."""
-    if args.init and (args.resume or not args.init.exists()):
-        raise ValueError(f"--init {args.init}: --resume goes on with its own weights; leave out one of them" if args.resume else
-                         f"there is no checkpoint at {args.init}; --init wants a run's folder, its ckpt.pt, or Wan's weights")
-    held = [args.out / name for name in ("", "ckpt.pt", "config.json", "log.jsonl")] if args.out else []
-    if not args.resume and not args.dry_run and any(path.is_file() for path in held):
-        way = "add --resume to go on with it" if held[1].is_file() else "it saved no checkpoint: delete it"
-        raise ValueError(f"--out {args.out} already holds another run; {way}, or name a new folder")
+def main(argv):
+    """Train, with a log, checkpoints and pictures. Raises ValueError for flags that cannot work."""
+    args = parse(argv)
+    check(args)
+    rank, world, device = join_processes(args)
+    call_on_rank_0(check_folder, args)
+    keep_memory()
 
-def streams(seed, indices, device):
-    """A context in which every clip of a batch draws its noise from a stream of its own, named by (seed, its index).
-    So a step is the same on any number of processes, and the position in the data is all the random state there is."""
-    keys = [np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] for index in indices]
-    generators = [torch.Generator(device).manual_seed(int(key)) for key in keys]
-
-    def by_row(draw, fill):
-        def drawn(*args, **kwargs):
-            out = draw(*args, **kwargs)
-            for row, generator in zip(out, generators, strict=True):
-                fill(row, generator=generator)
-            return out
-        return drawn
-    normal = torch.Tensor.normal_
-    return patch.multiple(rf, rand=by_row(torch.rand, torch.Tensor.uniform_), randn=by_row(torch.randn, normal),
-                          randn_like=by_row(torch.randn_like, normal))
-
-def launch(args):
-    """(rank, number of processes, device); joins the group if torchrun started this process."""
-    device = torch.device(args.device)
+    # data: any index is a clip, so the position in the data is the number of the step
+    data = call_on_all(open_training_data, args)
+    held_out = open_data(args, "test") if args.data == "sprites" else data
+    config = make_config(args, data)
+    record_data(args, data)
+    check_sizes(args, data, config)
+    cost = plan(args, config, data.rows if data else WAN_WORDS, world)
     if args.dry_run:
-        return 0, args.gpus, torch.device("cuda")
-    if "RANK" not in os.environ:
-        if args.fsdp:
-            raise ValueError("--fsdp spreads a network over processes: torchrun --nproc-per-node N train.py --fsdp would work")
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():  # the others wait while the first process makes pictures
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    return dist.get_rank(), dist.get_world_size(), device
+        return print_plan(args, config, cost, world)
+    check_memory(args, config, cost, world, device)
 
-def configure(args, data, world):
-    """The network's Config, after all that can be known to be wrong has been looked for."""
-    own = {key: getattr(args, key) for key in ("dim", "heads", "layers", "patch", "chunk", "top_k", "window")}
-    own["ffn_dim"] = args.dim and 4 * args.dim
-    config = replace(PRESETS[args.preset], **{key: value for key, value in own.items() if value is not None})
-    scale = 1 if data else 8  # Wan's VAE
-    height, width = np.broadcast_to(data.size if data else args.size, 2).tolist()
-    args.height, args.width = height // scale, width // scale
-    if data:
-        config = replace(config, channels=data.channels, text_dim=data.text_dim)
-        args.rate, args.words = data.fps, data.words and [data.words.vocabulary, data.words.rows]
-    parts = f"the processes ({world}) times --accumulate"
-    for what, value, unit, of in (
-            ("--size", height, scale * config.patch, "the patch"), ("--size", width, scale * config.patch, "the patch"),
-            ("--frames", args.frames, config.chunk, "the chunk"), ("--batch", args.batch, world * args.accumulate, parts)):
-        if value % unit:
-            raise ValueError(f"{what} {value} is not divisible by {unit}, {of}; {multiple(value, unit)} would work")
-    if args.frames < 2 * config.chunk:
-        raise ValueError(f"--frames {args.frames}: wanted two or more chunks of {config.chunk}; {2 * config.chunk} would work")
-    if (values := config.channels * config.patch ** 2) > config.dim:
-        raise ValueError(f"a patch holds {values} values, more than the width {config.dim} can carry; give a smaller --patch "
-                         "or a larger --dim")
-    return config
+    # network: net holds the weights; model is net as the loss calls it, perhaps wrapped in
+    # DistributedDataParallel, whose backward averages the gradients over the processes
+    net, ema, optimizer, start = call_on_all(build, args, config, device)
+    model = DistributedDataParallel(net) if world > 1 and not args.fsdp else net
+    args.out = call_on_rank_0(open_folder, args, start)
+    print_start(args, config, cost, world, device, start)
+
+    stop_requested = StopRequested()
+    waits = []  # seconds that the loop waited for each batch
+    batches = timed(load_batches(data, start, rank, world, args, device), waits)
+    bar = tqdm(batches, total=args.steps, initial=start, disable=rank > 0, dynamic_ncols=True)
+    done = start
+
+    for step, (indices, videos, texts) in enumerate(bar, start):
+        began = clock(device)
+        lr = learning_rate(step, args)
+        make_history = history_at(step, args)  # a row of Table 2
+        loss = history_seconds = 0
+
+        # each micro-batch adds to the gradient; only the last one exchanges it between processes
+        for part in range(args.accumulate):
+            rows = micro_batch(part, len(videos), args)
+            last = part + 1 == args.accumulate
+            rng = ClipNoise(args.seed, indices[rows], device)
+            with autocast(args, device), no_sync_unless_last(model, last):
+                # Algorithm 1, line 1: sample video and text; drop some texts, for guidance
+                history_began = clock(device)
+                x = fold(videos[rows], config.chunk)  # (B, N, chunk · C, height, width)
+                kept = rng.rand(len(x), device=device) >= args.drop
+                c = texts[rows] * kept[:, None, None]  # (B, L, text_dim)
+
+                # lines 2-9: redraw the history with the weights being trained, no gradient
+                with keep_unsharded(net):
+                    history = make_history(
+                        net, x[:, :-1], c, args.shift, args.resample_steps, args.noise, rng
+                    )
+                history_seconds += clock(device) - history_began
+
+                # lines 10-12: draw t per frame, add noise, compare v with eps - x, Eq. (4)
+                part_loss = flow_matching_loss(model, x, c, history, args.time_shift, rng)
+                (part_loss / args.accumulate).backward()
+            loss += part_loss.detach() / args.accumulate
+
+        # update: clip the gradient, step the weights, then their moving average
+        loss, stop = all_reduce_loss_and_stop(loss, stop_requested, world)
+        norm = clip_gradient(net, args)
+        check_finite(loss, norm, step, args)
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, net, args.ema, step)
+
+        done = step + 1
+        seconds = clock(device) - began
+        if rank == 0:
+            entry = {"step": done, "loss": loss, "lr": lr, "norm": norm}
+            entry |= {"history": make_history.__name__, "seconds": seconds}
+            entry |= {"history_seconds": history_seconds, "data_seconds": waits.pop()}
+            append_log(args.out, entry)
+            bar.set_postfix_str(f"loss {loss:.3f}, history {history_seconds / seconds:.0%} of it")
+
+        show = done % args.sample_every == 0 or done == args.steps
+        if show or stop or done % args.save_every == 0:
+            save(net, ema, optimizer, done, args)
+        if show:
+            call_on_rank_0(log_samples, held_out, args, done, device)
+        if stop:
+            break
+
+    bar.close()
+    stop_requested.restore_handlers()
+    if done < args.steps:
+        print(f"stopped at step {done}; go on with: python train.py --resume --out {args.out}")
+    else:
+        call_on_rank_0(report, held_out, args, cost, world, device)
+    del model  # see leave_group
+    leave_processes()
+
+
+class ClipNoise:
+    """Random numbers whose row i comes from a generator of clip i's own, seeded by (seed, i).
+
+    Takes the place of torch in rf's functions (`rng`). A step then draws the same noise on any
+    number of processes, and a checkpoint needs no random state to continue bit for bit.
+    """
+
+    def __init__(self, seed, indices, device):
+        self.generators = []
+        for index in indices:
+            key = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+            self.generators.append(torch.Generator(device).manual_seed(int(key)))
+
+    def rand(self, *shape, device=None, dtype=None):
+        """Uniform in [0, 1); shape[0] is the number of clips."""
+        out = torch.empty(shape, device=device, dtype=dtype)
+        for row, generator in zip(out, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        return out
+
+    def randn(self, *shape, device=None, dtype=None):
+        """Standard normal; shape[0] is the number of clips."""
+        out = torch.empty(shape, device=device, dtype=dtype)
+        for row, generator in zip(out, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return out
+
+
+def history_at(step, args):
+    """The row of Table 2 that a step trains with, a function of rf.HISTORY.
+
+    Teacher forcing in the warm-up, and in the share of later batches that is not resampled.
+    """
+    resampled = np.random.default_rng([args.seed, step]).random() < args.resample_share
+    name = args.history if step >= args.warmup and resampled else "teacher"
+    return HISTORY[name]
+
+
+def learning_rate(step, args):
+    """Rise linearly to --lr in --lr-warmup steps, then decay to 0 at --steps."""
+    if step < args.lr_warmup:
+        return args.lr * (step + 1) / args.lr_warmup
+
+    done = (step - args.lr_warmup) / max(1, args.steps - args.lr_warmup)
+    if args.decay == "linear":
+        return args.lr * (1 - done)
+    if args.decay == "cosine":
+        return args.lr * (1 + math.cos(math.pi * done)) / 2
+    return args.lr
+
 
 def make_optimizer(net, lr):
     """AdamW, with weight decay on matrices only: not on biases, norms and modulation."""
-    groups = [{"params": [p for p in net.parameters() if (p.dim() == 2) == (decay > 0)], "weight_decay": decay}
-              for decay in (0.01, 0.0)]
+    matrices = [p for p in net.parameters() if p.dim() == 2]
+    others = [p for p in net.parameters() if p.dim() != 2]
+    groups = [
+        {"params": matrices, "weight_decay": 0.01},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
-def keep_memory():
-    """Keep what is freed: glibc would hand it back to the system, and the next step would have to page it in again."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, 2 ** 30)
 
-def learning_rate(step, args):
-    if step < args.lr_warmup:
-        return args.lr * (step + 1) / args.lr_warmup
-    done = (step - args.lr_warmup) / max(1, args.steps - args.lr_warmup)
-    return args.lr * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.decay]
+@torch.no_grad()
+def update_ema(ema, net, decay, step):
+    """Move the averaged weights toward net's: ema = decay · ema + (1 - decay) · net.
 
-def fit_weights(net, state, name, path):
-    """Load a checkpoint's weights, or say in which sizes it differs from this network."""
-    theirs, ours = state["config"], asdict(net.config)
-    wrong = [f"{key} is {theirs.get(key)} there and {ours[key]} here" for key in ours
-             if theirs.get(key) != ours[key] and key not in ("top_k", "window")]
-    if wrong:
-        raise ValueError(f"the model of {path} has another shape: {'; '.join(wrong)}")
-    net.load_state_dict(state[name])
+    The decay rises from 0.1 to its final value, so that the first weights are soon forgotten.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def build(args, config, device):
-    """(network, its average, optimizer, first step): new ones, with the weights of --init, or all of --resume."""
-    torch.manual_seed(args.seed)
-    net, path, state = CausalDiT(config).to(device), args.out if args.resume else args.init, None
-    ours = path and (args.resume or path.name == "ckpt.pt" or (path / "ckpt.pt").is_file())
-    if path and not ours and args.preset.startswith("wan"):
-        load_wan(net, path)
-    elif path:
-        state = read_checkpoint(path)
-        fit_weights(net, state, "model" if args.resume else "ema", path)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+# ---- machinery: flags and checks, processes, data, checkpoints, log, cost, pictures ----
+
+PAPER = {  # defaults of --preset wan-...
+    "data": "latents",
+    "frames": 21,
+    "size": (480, 832),
+    "warmup": 10_000,
+    "steps": 25_000,
+    "batch": 64,
+    "lr": 5e-5,
+    "decay": "constant",
+    "ema": 0.999,
+    "time_shift": 3.0,
+    "sample_steps": 32,
+    "guidance": 5.0,
+    "recompute": True,
+}
+WAN_SCALE = 8  # pixels along a side of one of Wan's latents
+WAN_WORDS = 512  # text rows of its encoder
+GIB = 2**30
+MFU = 0.45  # model FLOPs utilization that the plan expects: the fraction of --tflops
+
+
+def parse(argv):
+    """Flags. With --resume the run's own are the defaults, with --preset wan-... the paper's."""
+    parser = new_parser(__doc__)
+    add_data_flags(parser.add_argument_group("data").add_argument)
+    add_network_flags(parser.add_argument_group("network").add_argument)
+    add_method_flags(parser.add_argument_group("method").add_argument)
+    add_optimizer_flags(parser.add_argument_group("optimization").add_argument)
+    add_run_flags(parser.add_argument_group("run").add_argument)
+    add_picture_flags(parser.add_argument_group("pictures").add_argument)
+    add_machine_flags(parser.add_argument_group("machine").add_argument)
+    add_plan_flags(parser.add_argument_group("cost of a run").add_argument)
+
+    args = parser.parse_args(argv)
     if args.resume:
-        if state["step"] > args.steps:
-            raise ValueError(f"--steps {args.steps}: the run in {path} is already at step {state['step']}; more would go on")
-        if state["args"]["words"] != args.words:
-            raise ValueError(f"--data {args.data} has other captions than when {path} began: its words would change their meaning")
-        ema.load_state_dict(state["ema"])
-    net.recompute = args.recompute
-    for module in (*net.blocks, net, *ema.blocks, ema) if args.fsdp else ():
-        fully_shard(module)  # FSDP2: every process holds its part of each block, and gathers a block when it runs
-    optimizer = make_optimizer(net, args.lr)
-    if args.resume:
-        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
-    return net, ema, optimizer, state["step"] if args.resume else 0
+        folder = run_folder(args.out or latest_run())
+        parser.set_defaults(**flags_of_run(folder))
+    elif args.preset.startswith("wan"):
+        parser.set_defaults(**PAPER)
 
-def save(net, ema, optimizer, step, args, rank):
-    """Write ckpt.pt whole or not at all: a kill at any moment leaves the last good one. Every process takes part, and any
-    number of them can load it. Random states need no place in it: all draws follow from seed, step and clip (`streams`)."""
-    weights, moments = get_state_dict(net, optimizer, options=WHOLE)
-    averages = get_model_state_dict(ema, options=WHOLE)
-    if rank > 0:
-        return
-    path, part = args.out / "ckpt.pt", args.out / "ckpt.pt.part"
+    args = parser.parse_args(argv)
+    if args.resume:
+        args.out = folder
+    chunk = args.chunk or PRESETS[args.preset].chunk
+    args.frames = args.frames or round_up(max(10, 2 * chunk), chunk)
+    half_precision = "cuda" in args.device or args.dry_run
+    args.precision = args.precision or ("bf16" if half_precision else "fp32")
+    return args
+
+
+# fmt: off
+def add_data_flags(add):
+    add("--data", default="sprites",
+        help='"sprites", a folder of videos, or a folder of latents (.npz) (default: %(default)s)')
+    add("--frames", type=bounded_int(1, 10**9),
+        help="length of a training clip (default: 10, rounded up to whole chunks; Wan: 21)")
+    add("--size", type=parse_size, default=16,
+        help="height and width in pixels, or HEIGHTxWIDTH (default: %(default)s)")
+    add("--fps", type=nonnegative_float, default=0.0,
+        help="read videos at this rate; 0: each at its own (default: %(default)s)")
+    add("--stride", type=positive_int, default=1,
+        help="keep every STRIDE-th frame of a video (default: %(default)s)")
+    add("--objects", type=positive_int, default=2,
+        help="sprites in a clip (default: %(default)s)")
+    add("--wall", action="store_true",
+        help="let sprites pass behind a wall")
+    add("--withheld", type=fraction, default=0.0,
+        help="fraction of sprite clips without a caption (default: %(default)s)")
+    add("--workers", type=bounded_int(0, 1024),
+        help="processes that decode videos (default: 2; none for sprites)")
+
+
+def add_network_flags(add):
+    add("--preset", choices=PRESETS, default="toy",
+        help="size of the network (default: %(default)s)")
+    add("--dim", type=bounded_int(1, 2**16),
+        help="width; the MLPs are four times as wide (default: the preset's)")
+    add("--heads", type=bounded_int(1, 2**16),
+        help="attention heads (default: the preset's)")
+    add("--layers", type=bounded_int(1, 1000),
+        help="blocks (default: the preset's)")
+    add("--patch", type=bounded_int(1, 1024),
+        help="side of a token in pixels or latents (default: the preset's)")
+    add("--chunk", type=bounded_int(1, 1024),
+        help="latent frames in an autoregressive frame; the paper: 3 (default: the preset's)")
+    add("--top-k", type=positive_int,
+        help="history frames that each token attends to, Eq. (9) (default: all)")
+    add("--window", type=positive_int,
+        help="attend to at most this many past frames, in training too (default: all)")
+
+
+def add_method_flags(add):
+    add("--history", choices=HISTORY, default="resample",
+        help="the history that frames attend to after the warm-up, Table 2 (default: %(default)s)")
+    add("--warmup", type=nonnegative_int, default=2100,
+        help="steps of teacher forcing before that (default: %(default)s)")
+    add("--shift", type=positive_float, default=0.6,
+        help="s of Eq. (7); lower: the history stays nearer to the truth (default: %(default)s)")
+    add("--resample-steps", type=bounded_int(1, 1000), default=1,
+        help="Euler steps from t_s to 0, Eq. (5) (default: %(default)s)")
+    add("--resample-share", type=fraction, default=1.0,
+        help="fraction of batches whose history is redrawn (default: %(default)s)")
+    add("--noise", type=fraction, default=0.3,
+        help="highest noise level of --history noise (default: %(default)s)")
+    add("--time-shift", type=positive_float, default=2.0,
+        help="Eq. (7) on t of the loss; higher: more noise; real video: 3-5 (default: %(default)s)")
+    add("--drop", type=fraction, default=0.1,
+        help="fraction of clips whose text is dropped, for guidance (default: %(default)s)")
+
+
+def add_optimizer_flags(add):
+    add("--steps", type=bounded_int(1, 10**9), default=3200,
+        help="optimizer steps, warm-up included (default: %(default)s)")
+    add("--batch", type=bounded_int(1, 10**9), default=16,
+        help="clips per optimizer step, over all processes (default: %(default)s)")
+    add("--accumulate", type=positive_int, default=1,
+        help="split each process's batch into this many micro-batches (default: %(default)s)")
+    add("--lr", type=positive_float, default=1e-2,
+        help="peak learning rate (default: %(default)s)")
+    add("--lr-warmup", type=nonnegative_int, default=100,
+        help="steps in which the learning rate rises (default: %(default)s)")
+    add("--decay", choices=("constant", "linear", "cosine"), default="linear",
+        help="how the learning rate falls to 0 at --steps (default: %(default)s)")
+    add("--clip", type=positive_float, default=1.0,
+        help="clip the norm of the gradient to this (default: %(default)s)")
+    add("--ema", type=bounded_float(0, 0.999999), default=0.998,
+        help="decay of the averaged weights, which sampling uses (default: %(default)s)")
+    add("--seed", type=seed_int, default=0,
+        help="seed of weights, clips and noise (default: %(default)s)")
+
+
+def add_run_flags(add):
+    add("--out", type=Path,
+        help="the run's folder (default: a new numbered one under runs/)")
+    add("--init", type=Path,
+        help="start from the weights of another run (its folder or ckpt.pt), or from Wan's")
+    add("--resume", action="store_true",
+        help="continue --out, or the latest run under runs/")
+    add("--save-every", type=positive_int, default=500,
+        help="steps between checkpoints (default: %(default)s)")
+
+
+def add_picture_flags(add):
+    add("--sample-every", type=positive_int, default=500,
+        help="steps between pictures and held-out losses (default: %(default)s)")
+    add("--sample-steps", type=bounded_int(1, 10_000), default=4,
+        help="Euler steps per frame in pictures (default: %(default)s)")
+    add("--sample-shift", type=positive_float, default=5.0,
+        help="Eq. (7) on these steps; higher: more of them at high noise (default: %(default)s)")
+    add("--guidance", type=nonnegative_float, default=2.0,
+        help="scale of classifier-free guidance in pictures; 1: none (default: %(default)s)")
+
+
+def add_machine_flags(add):
+    add("--device", choices=DEVICES, default=default_device(),
+        help="cpu, cuda, cuda:INDEX or mps, where torch has it (default: %(default)s)")
+    add("--precision", choices=("fp32", "bf16"),
+        help="fp32, or bf16 autocast (default: bf16 on CUDA)")
+    add("--compile", action="store_true",
+        help="torch.compile each block; takes a minute at first")
+    add("--recompute", action="store_true",
+        help="recompute each block in backward instead of keeping its activations")
+    add("--fsdp", action="store_true",
+        help="with torchrun: shard weights, gradients and moments over the processes")
+
+
+def add_plan_flags(add):
+    add("--dry-run", action="store_true",
+        help="print what a run would cost, and stop")
+    add("--gpus", type=bounded_int(1, 10**6), default=1,
+        help="devices that share the batch (default: %(default)s)")
+    add("--gpu-memory", type=positive_float, default=141.0,
+        help="GiB on each (default: %(default)s)")
+    add("--tflops", type=positive_float, default=989.0,
+        help="peak speed of each in 1e12 FLOPs per second (default: %(default)s)")
+# fmt: on
+
+
+def run_folder(path):
+    """The folder of a run that is named by its folder or its ckpt.pt."""
+    return path.parent if path.is_file() else path
+
+
+def flags_of_run(folder):
+    """The flags that a run was started with, for --resume."""
+    refuse_if_in_use(folder)
+    flags = dict(read_checkpoint(folder)["args"])
+    for name in ("resume", "device", "init", "words", "fsdp", "out"):
+        flags.pop(name, None)
+    return flags
+
+
+def check(args):
+    """Raise ValueError for flags that cannot work, before any data is opened."""
+    if args.resume and args.init:
+        raise ValueError(
+            f"--init {args.init}: --resume goes on with its own weights; leave out one of them"
+        )
+    if args.init and not args.init.exists():
+        raise ValueError(
+            f"there is no checkpoint at {args.init}; --init wants a run's folder, its ckpt.pt, "
+            "or Wan's weights"
+        )
+    if args.fsdp and not args.dry_run and "RANK" not in os.environ:
+        raise ValueError(
+            "--fsdp shards a network over processes: "
+            "torchrun --nproc-per-node N train.py --fsdp would work"
+        )
+    check_network(args)
+
+    parts = world_size(args) * args.accumulate
+    of = f"the processes ({world_size(args)}) times --accumulate"
+    check_divisible("--batch", args.batch, parts, of)
+
+
+def check_network(args):
+    """Raise ValueError if the network's sizes do not fit together."""
+    preset = PRESETS[args.preset]
+    dim = args.dim or preset.dim
+    heads = args.heads or preset.heads
+    chunk = args.chunk or preset.chunk
+
+    if dim % (2 * heads):
+        raise ValueError(
+            f"--dim {dim} cannot be split into --heads {heads} of an even width; "
+            f"--dim {round_up(dim, 2 * heads)} would work"
+        )
+    check_divisible("--frames", args.frames, chunk, "the chunk")
+    if args.frames < 2 * chunk and args.history != "teacher":
+        raise ValueError(
+            f"--frames {args.frames}: wanted two or more chunks of {chunk}, or there is no history "
+            f"to redraw; {2 * chunk} would work, or --history teacher"
+        )
+
+
+def check_divisible(flag, value, unit, of):
+    if value % unit:
+        raise ValueError(
+            f"{flag} {value} is not divisible by {unit}, {of}; {round_up(value, unit)} would work"
+        )
+
+
+def check_folder(args):
+    """Raise ValueError if --out is in use, or holds a run that this one would overwrite."""
+    if args.out and not args.dry_run:
+        refuse_if_in_use(args.out)
+        if not args.resume:
+            refuse_other_run(args.out)
+
+
+def refuse_other_run(out):
+    """Raise ValueError if there is a run in the folder, or the folder is a file."""
+    if (out / "ckpt.pt").is_file():
+        way_out = "add --resume to go on with it"
+    else:
+        way_out = "it saved no checkpoint: delete it"
+    files = out, out / "ckpt.pt", out / "config.json", out / "log.jsonl"
+    if any(file.is_file() for file in files):
+        raise ValueError(f"--out {out} already holds another run; {way_out}, or name a new folder")
+
+
+def check_sizes(args, data, config):
+    """Raise ValueError if patches do not tile the frames, or hold more than a token can carry."""
+    unit = config.patch if data else WAN_SCALE * config.patch
+    for side in frame_size(args, data):
+        check_divisible("--size", side, unit, "the patch")
+
+    values = config.channels * config.patch**2
+    if values > config.dim:
+        raise ValueError(
+            f"a patch holds {values} values, more than the width {config.dim} can carry; give a "
+            "smaller --patch or a larger --dim"
+        )
+
+
+def check_memory(args, config, cost, world, device):
+    """Raise ValueError if a step cannot fit into memory, before anything is allocated."""
+    clip = 4 * args.frames * config.channels * args.height * args.width  # bytes
+    needed = sum(cost.memory.values()) + clip * args.batch // world
+    if device.type != "cuda":  # these processes share the machine's memory
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    limit = memory_of(device)
+    if needed > limit:
+        raise ValueError(
+            f"--size {args.height}x{args.width} --frames {args.frames} --batch {args.batch} --dim "
+            f"{config.dim} --layers {config.layers}: a step needs {needed / GIB:,.0f} GiB, and the "
+            f"limit is this machine's {limit / GIB:,.0f}; less of one, or more --accumulate, would "
+            "work"
+        )
+
+
+def world_size(args):
+    """Processes that share the batch."""
+    return args.gpus if args.dry_run else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(args):
+    """Join the group if torchrun started this process. Returns (rank, world size, device)."""
+    device = torch.device(args.device)
+    if args.dry_run or "RANK" not in os.environ:
+        return 0, world_size(args), device
+
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # pictures take a while
+        atexit.register(leave_group)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # only process 0 speaks
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_processes():
+    """Leave the group, all at once."""
+    if dist.is_initialized():
+        dist.barrier()
+        leave_group()
+
+
+def leave_group():
+    """Leave the group. Nothing but torch's own registry should hold it any more.
+
+    Gloo's threads need the GIL to free their last tensors, and its destructor waits for them. If
+    DistributedDataParallel held the group last, it would wait with the GIL, that is for ever.
+    """
+    if dist.is_initialized():
+        time.sleep(0.1)  # without the GIL
+        dist.destroy_process_group()
+
+
+def call_on_all(function, *args):
+    """Call function in every process; if it fails in one, all raise that error.
+
+    Otherwise the rest would wait for a process that is gone.
+    """
+    if not dist.is_initialized():
+        return function(*args)
+
+    result = error = None
     try:
-        with open(part, "wb") as file:
-            torch.save({"config": asdict(net.config), "model": weights, "ema": averages, "optimizer": moments, "step": step,
-                        "args": plain(args)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise ValueError(f"could not save step {step} ({error}); {path} is as it was: make room, then --resume") from None
+        result = function(*args)
+    except (ValueError, OSError) as problem:
+        error = one_line(problem)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for error in errors:
+        if error is not None:
+            raise ValueError(error)
+    return result
 
-def plain(args):
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
-def batches(data, start, rank, world, args, device):
-    """Yields (indices, videos, c): this process's clips of every step from `start` on."""
-    local = args.batch // world
-    mine = [range(i, i + local) for i in range(start * args.batch + rank * local, args.steps * args.batch, args.batch)]
-    workers = args.workers if args.workers is not None else 0 if args.data == "sprites" else 2
-    loader = DataLoader(data, batch_sampler=mine, num_workers=workers, generator=torch.Generator(),
-                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-    for indices, (video, c) in zip(mine, loader):
-        yield indices, video.to(device, non_blocking=True), c.to(device, non_blocking=True)
+def call_on_rank_0(function, *args):
+    """Call function in process 0 only; all processes return its result or raise its error."""
+    if not dist.is_initialized():
+        return function(*args)
 
-def ignore_signals(worker):
-    """Workers leave Ctrl-C to their parent, which ends them when the last step is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if dist.get_rank() == 0:
+        answer = [call_on_all(function, *args)]
+    else:
+        answer = [call_on_all(tuple)]  # does nothing, and hears of an error
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def all_reduce_loss_and_stop(loss, stop_requested, world):
+    """Average the loss over processes; stop all if one was asked to. Returns (float, bool)."""
+    both = torch.stack([loss, torch.full_like(loss, float(stop_requested.value))])
+    if world > 1:
+        dist.all_reduce(both)
+    loss, stop = both.tolist()
+    return loss / world, stop > 0
+
+
+def no_sync_unless_last(model, last):
+    """Context: `no_sync()` on all but the last micro-batch, so gradients are exchanged once."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
 
 @contextmanager
-def gathered(net):
-    """Within it a sharded network's weights are gathered once, not once for every forward: for a rollout."""
+def keep_unsharded(net):
+    """Gather the weights of an FSDP network once for a whole rollout, not once per forward."""
     if isinstance(net, FSDPModule):
         net.set_reshard_after_forward(False)
     yield
@@ -280,259 +648,671 @@ def gathered(net):
         for module in (*net.blocks, net):
             module.reshard()
 
-def alone(model, more):
-    """A context for a pass whose gradients wait, if more of them are to come, before processes exchange them."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not more)
-    return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
 
-def learn(model, net, video, c, method, args):
-    """Algorithm 1 on one batch: (loss, seconds that the history took). model is net as the loss calls it, perhaps
-    spread over processes; the history is redrawn by the bare net, with the weights being trained."""
-    begin = clock(video.device)
-    x = fold(video, net.config.chunk)
-    c = c * (rf.rand(len(c), device=c.device) >= args.drop)[:, None, None]
-    with gathered(net):
-        history = method(net, x[:, :-1], c, args.shift, args.resample_steps, args.noise)
-    seconds = clock(video.device) - begin
-    return flow_matching_loss(model, x, c, history, args.time_shift), seconds
+class StopRequested:
+    """Note SIGINT and SIGTERM, so that the loop can finish its step and save."""
+
+    def __init__(self):
+        self.value = False
+        self.handlers = {}
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[sign] = signal.signal(sign, self.note)
+
+    def note(self, sign, frame):
+        self.value = True
+
+    def restore_handlers(self):
+        for sign, handler in self.handlers.items():
+            signal.signal(sign, handler)
+
+
+def keep_memory():
+    """Stop glibc from returning freed memory to the system.
+
+    The next step would page it in again: 25,000 page faults, 5 to 10 % of a default step on a CPU.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 2**30)
+
 
 def clock(device):
+    """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
-def history_at(step, args):
-    """Which row of Table 2 a step trains with: teacher forcing in the warm-up and in the share not resampled."""
-    resampled = np.random.default_rng([args.seed, step]).random() < args.resample_share
-    return HISTORY[args.history if step >= args.warmup and resampled else "teacher"]
 
-def agree(loss, stop, device, world):
-    """(mean loss, whether any process was told to stop): the same answer in every process."""
-    both = torch.stack([loss, torch.tensor(float(stop), device=device)])
-    if world > 1:
-        dist.all_reduce(both)
-    return both[0].item() / world, both[1].item() > 0
-
-def average(ema, net, decay, step):
-    """Exponential moving average; its decay rises from 0.1, so that the first weights are soon forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
-def precision(args, device):
+def autocast(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-def gradients(model, net, batch, method, args):
-    """`learn` and its gradients, in --accumulate parts of this process's batch: (mean loss, seconds for histories)."""
-    (indices, video, c), loss, seconds, parts = batch, 0, 0, args.accumulate
-    for part in range(parts):
-        rows = slice(part * len(video) // parts, (part + 1) * len(video) // parts)
-        with streams(args.seed, indices[rows], video.device), precision(args, video.device), alone(model, part + 1 < parts):
-            part_loss, part_seconds = learn(model, net, video[rows], c[rows], method, args)
-            (part_loss / parts).backward()
-        loss, seconds = loss + part_loss.detach() / parts, seconds + part_seconds
-    return loss, seconds
 
-def update(net, ema, optimizer, loss, step, args):
-    """Clip, step, average: returns the norm of the gradient. Raises ValueError, the weights untouched, where it or the
-    loss is no number."""
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-    norm = (norm.full_tensor() if args.fsdp else norm).item()
-    if not math.isfinite(loss + norm):
-        path = args.out / "ckpt.pt"
-        raise ValueError(f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; " + (
-            f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet; try a lower --lr"))
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    average(ema, net, args.ema, step)
-    return norm
+def open_training_data(args):
+    """The dataset of --data; None for the plan of a Wan run, which needs none."""
+    if args.dry_run and args.preset.startswith("wan"):
+        return None
+    return open_data(args)
 
-def main(argv):
-    args = parse(argv)
-    check_files(args)
-    keep_memory()
-    rank, world, device = launch(args)
-    data = None if args.dry_run and args.preset.startswith("wan") else open_data(args)
-    config = configure(args, data, world)
-    cost = plan(args, config, data[0][1].shape[0] if data else 512, world)
-    if args.dry_run:
-        announce(args, config, cost, world, device)
-        return print_plan(args, cost, world)
-    test = open_data(args, "test") if args.data == "sprites" else data  # to look at: of a folder, its first clips
-    net, ema, optimizer, start = build(args, config, device)
+
+def frame_size(args, data):
+    """(height, width) of the data's frames; without data, of --size in pixels."""
+    size = data.size if data else args.size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def record_data(args, data):
+    """Add to args what a checkpoint must know of the data: its frames' size, rate and words."""
+    scale = 1 if data else WAN_SCALE
+    args.height, args.width = (side // scale for side in frame_size(args, data))
+    if data:
+        args.rate = data.fps
+        args.words = data.words and [data.words.vocabulary, data.words.rows]
+
+
+class BatchSampler:
+    """The clip numbers of each step's batch, as far as they are this process's share.
+
+    Step i of a run trains on clips i · batch to (i + 1) · batch - 1, whatever the processes.
+    """
+
+    def __init__(self, start, steps, batch, rank, world):
+        self.start = start
+        self.steps = steps
+        self.batch = batch
+        self.rank = rank
+        self.world = world
+
+    def __len__(self):
+        return self.steps - self.start
+
+    def __iter__(self):
+        share = self.batch // self.world
+        for step in range(self.start, self.steps):
+            first = step * self.batch + self.rank * share
+            yield range(first, first + share)
+
+
+def load_batches(data, start, rank, world, args, device):
+    """Yield (indices, videos (B, T, C, height, width), texts (B, L, text_dim)) of each step."""
+    workers = args.workers
+    if workers is None:
+        workers = 0 if args.data == "sprites" else 2
+
+    sampler = BatchSampler(start, args.steps, args.batch, rank, world)
+    loader = DataLoader(
+        data,
+        batch_sampler=sampler,
+        num_workers=workers,
+        generator=torch.Generator(),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
+    )
+    try:
+        for indices, (videos, texts) in zip(sampler, loader):
+            videos = videos.to(device, non_blocking=True)
+            texts = texts.to(device, non_blocking=True)
+            yield indices, videos, texts
+    except (ValueError, OSError) as error:
+        if world == 1:
+            raise
+        raise RuntimeError(one_line(error)) from error  # so that torchrun ends the others, too
+
+
+def leave_signals_to_parent(worker):
+    """Ignore Ctrl-C in a loader's worker: its parent ends it when the last step is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def micro_batch(part, clips, args):
+    """The slice of a process's clips that is micro-batch number `part`."""
+    return slice(part * clips // args.accumulate, (part + 1) * clips // args.accumulate)
+
+
+def make_config(args, data):
+    """The preset's Config with the flags that were given, and the data's channels and text."""
+    changes = {
+        "dim": args.dim,
+        "ffn_dim": args.dim and 4 * args.dim,
+        "heads": args.heads,
+        "layers": args.layers,
+        "patch": args.patch,
+        "chunk": args.chunk,
+        "top_k": args.top_k,
+        "window": args.window,
+        "channels": data.channels if data else None,
+        "text_dim": data.text_dim if data else None,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(PRESETS[args.preset], **given)
+
+
+def build(args, config, device):
+    """Make or load what training changes. Returns (network, its average, optimizer, first step).
+
+    The weights are new, or those of --init; with --resume all of it comes from the checkpoint.
+    """
+    torch.manual_seed(args.seed)
+    net = CausalDiT(config).to(device)
+    state = fill_weights(net, args)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    if args.resume:
+        load_weights(ema, state["ema"], args.out)
+    net.recompute = args.recompute
+
+    if args.fsdp:
+        for module in (*net.blocks, net, *ema.blocks, ema):
+            fully_shard(module)  # each process holds its part of a block and gathers it to run it
     if args.compile:
         net.compile_blocks()
-    model = DistributedDataParallel(net) if world > 1 and not args.fsdp else net
-    args.out, log = open_out(args, start, rank, world)
-    if rank == 0:
-        announce(args, config, cost, world, device)
-        print(f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, then --history "
-              f"{args.history}" + ("" if args.warmup < args.steps else " (never: the warm-up is as long as the run)") +
-              f"\nin {args.out}/: ckpt.pt every {args.save_every} steps, samples/ every {args.sample_every}, log.jsonl")
+    optimizer = make_optimizer(net, args.lr)
+    if args.resume:
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=whole)
+        return net, ema, optimizer, state["step"]
+    return net, ema, optimizer, 0
 
-    told, waits, step = [], [], start
-    before = {sign: signal.signal(sign, lambda *_: told.append(1)) for sign in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(timed(batches(data, start, rank, world, args, device), waits), total=args.steps, initial=start,
-               disable=rank > 0, dynamic_ncols=True)
-    for step, batch in enumerate(bar, start):
-        begin, method = clock(device), history_at(step, args)
-        loss, seconds = gradients(model, net, batch, method, args)
-        loss, stop = agree(loss, bool(told), device, world)
-        norm = update(net, ema, optimizer, loss, step, args)
-        step, taken = step + 1, clock(device) - begin
-        if rank == 0:
-            log({"step": step, "loss": loss, "lr": learning_rate(step - 1, args), "norm": norm, "history": method.__name__,
-                 "seconds": taken, "history_seconds": seconds, "data_seconds": waits.pop()})
-            bar.set_postfix_str(f"loss {loss:.3f}, history {seconds / taken:.0%} of the time")
-        show = step % args.sample_every == 0 or step == args.steps
-        if show or step % args.save_every == 0 or stop:
-            save(net, ema, optimizer, step, args, rank)
-        if show and rank == 0:
-            with precision(args, device):
-                log({"step": step} | look(load_checkpoint(args.out).to(device), test, args, step))
-        if stop:
-            break
-    bar.close()
-    for sign, handler in before.items():
-        signal.signal(sign, handler)
-    if rank == 0 and step < args.steps:
-        print(f"stopped at step {step}; go on with: python train.py --resume --out {args.out}")
-    elif rank == 0:
-        with precision(args, device):
-            finish(test, args, cost, world, device)
-    if world > 1:
-        dist.barrier()  # not only for order: a process that leaves while gloo's threads still hold tensors can hang
-        dist.destroy_process_group()
 
-def open_out(args, start, rank, world):
-    """The run's folder, made; and a function that appends to its log."""
-    if rank == 0:
-        if args.out is None:
-            for args.out in (Path(f"runs/{i:03d}") for i in count(1)):
-                with suppress(FileExistsError):  # another run may take the name first
-                    args.out.mkdir(parents=True)
-                    break
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]  # a full disk cuts the last
-        path.with_suffix(".part").write_text("".join(line + "\n" for line in kept))
-        path.with_suffix(".part").replace(path)
-        (args.out / "config.json").write_text(json.dumps(plain(args), indent=1) + "\n")
-    out = [args.out]
-    if world > 1:
-        dist.broadcast_object_list(out)
+def fill_weights(net, args):
+    """Fill net with the weights of --resume or --init. Returns the checkpoint, or None.
 
-    def log(entry):
-        with open(out[0] / "log.jsonl", "a") as file:
+    Raises ValueError if it is of another shape, of other words, or beyond --steps.
+    """
+    path = args.out if args.resume else args.init
+    if path is None:
+        return None
+    is_run = args.resume or path.name == "ckpt.pt" or (path / "ckpt.pt").is_file()
+    if not is_run and args.preset.startswith("wan"):
+        load_wan(net, path)
+        return None
+
+    state = read_checkpoint(path)
+    check_same_shape(state["config"], asdict(net.config), path)
+    if args.resume:
+        check_same_run(state, args)
+    load_weights(net, state["model" if args.resume else "ema"], path)
+    return state
+
+
+def check_same_shape(theirs, ours, path):
+    """Raise ValueError that names the sizes in which a checkpoint differs from the network."""
+    wrong = []
+    for name, value in ours.items():
+        if name not in ("top_k", "window") and theirs.get(name) != value:
+            wrong.append(f"{name} is {theirs.get(name)} there and {value} here")
+    if wrong:
+        raise ValueError(f"the model of {path} has another shape: {'; '.join(wrong)}")
+
+
+def check_same_run(state, args):
+    """Raise ValueError if the run is already beyond --steps, or its captions have changed."""
+    if "optimizer" not in state:
+        raise ValueError(f"{args.out} holds no optimizer state to resume; --init would work")
+    if state["step"] > args.steps:
+        raise ValueError(
+            f"--steps {args.steps}: the run in {args.out} is already at step {state['step']}; "
+            "more would go on"
+        )
+    if state["args"].get("words") != args.words:
+        raise ValueError(
+            f"--data {args.data} has other captions than when {args.out} began: its words would "
+            "change their meaning"
+        )
+
+
+def clip_gradient(net, args):
+    """Scale the gradient so that its norm is at most --clip. Returns the norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+    if args.fsdp:
+        norm = norm.full_tensor()
+    return norm.item()
+
+
+def check_finite(loss, norm, step, args):
+    """Raise ValueError if the loss or the gradient is NaN or infinite; no weight has changed."""
+    if math.isfinite(loss + norm):
+        return
+    path = args.out / "ckpt.pt"
+    if path.exists():
+        way_out = f"the last good checkpoint is {path}"
+    else:
+        way_out = "there is no checkpoint yet; try a lower --lr"
+    raise ValueError(
+        f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; "
+        f"{way_out}"
+    )
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def save(net, ema, optimizer, step, args):
+    """Write ckpt.pt. All processes take part, and any number of them can load it.
+
+    No random state is saved: noise derives from (seed, clip), see `ClipNoise`.
+    """
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = get_state_dict(net, optimizer, options=whole)
+    state = {
+        "config": asdict(net.config),
+        "model": weights,
+        "ema": get_model_state_dict(ema, options=whole),
+        "optimizer": moments,
+        "step": step,
+        "args": jsonable(args),
+    }
+    call_on_rank_0(write_checkpoint, args.out / "ckpt.pt", state)
+
+
+def write_checkpoint(path, state):
+    """Replace path by state whole or not at all: a kill at any moment leaves the last good one."""
+    part = path.with_name("ckpt.pt.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        # torch's own writer turns an OSError into a RuntimeError about inline_container.cc
+        reason = getattr(error, "strerror", None) or "disk full or not writable"
+        if path.exists():
+            way_out = f"{path} is as it was: make room, then --resume"
+        else:
+            way_out = "nothing is saved yet"
+        raise ValueError(
+            f"could not save step {state['step']} to {path} ({reason}); {way_out}"
+        ) from None
+
+
+def jsonable(args):
+    """The flags as a dictionary that JSON can hold."""
+    flags = dict(vars(args))
+    for name, value in flags.items():
+        if isinstance(value, Path):
+            flags[name] = str(value)
+    return flags
+
+
+def open_folder(args, start):
+    """Make the run's folder, lock it, cut its log back to step `start`. Returns its path."""
+    with name_in_errors(args.out or "runs/"):
+        out = args.out or new_folder()
+        out.mkdir(parents=True, exist_ok=True)
+        lock_folder(out)
+    if not args.resume:
+        refuse_other_run(out)  # it may have come and gone while the data was opened
+    with name_in_errors(out / "log.jsonl"):
+        cut_log(out / "log.jsonl", start)
+    with name_in_errors(out / "config.json"):
+        (out / "config.json").write_text(json.dumps(jsonable(args) | {"out": str(out)}, indent=1))
+    return out
+
+
+def new_folder():
+    """Make the first of runs/001, runs/002, ... that does not exist."""
+    for number in count(1):
+        path = Path(f"runs/{number:03d}")
+        with suppress(FileExistsError):  # another run may take the name first
+            path.mkdir(parents=True)
+            return path
+
+
+@contextmanager
+def name_in_errors(path):
+    """Turn an OSError, which may name no file, into a ValueError that names path."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or one_line(error)}") from None
+
+
+def lock_folder(out):
+    """Lock the run's folder until this process ends. Raises ValueError if another holds it.
+
+    The file stays, and names the process that locked it last.
+    """
+    if fcntl is None:
+        return
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # closed by the end of the process
+    if not try_lock(lock, fcntl.LOCK_EX):
+        raise in_use(out)
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+
+
+def refuse_if_in_use(out):
+    """Raise ValueError if a live process holds the lock of the run's folder."""
+    if fcntl is None or not (out / ".lock").is_file():
+        return
+    with open(out / ".lock") as lock:
+        if not try_lock(lock, fcntl.LOCK_SH):
+            raise in_use(out)
+
+
+def try_lock(lock, kind):
+    """Take a POSIX record lock on an open file. Returns False if another process holds one.
+
+    It dies with its process however that ends, and the loader's workers do not inherit it.
+    """
+    try:
+        fcntl.lockf(lock, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        print("warning: this file system has no locks; start one run only in a folder")
+    return True
+
+
+def in_use(out):
+    process = (out / ".lock").read_text(errors="replace")
+    return ValueError(f"{out} is in use by process {process}; wait for it, or name another --out")
+
+
+def cut_log(path, step):
+    """Keep of a log only what was written up to `step`; report lines that cannot be read."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    entries = [(line, read_entry(line)) for line in lines]
+    kept = [line for line, entry in entries if entry and entry["step"] <= step]
+
+    damaged = sum(entry is None for _, entry in entries)
+    if damaged:
+        print(f"warning: skipped {damaged} damaged lines of {path}")
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in kept))
+    part.replace(path)
+
+
+def read_entry(line):
+    """A line of log.jsonl as a dictionary, or None if it is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return None
+    return entry
+
+
+def append_log(out, entry):
+    """Add a line to log.jsonl. A full disk costs the line, not the run."""
+    path = out / "log.jsonl"
+    try:
+        with open(path, "a") as file:
             file.write(json.dumps(entry) + "\n")
-    return out[0], log
+    except OSError as error:
+        tqdm.write(f"warning: cannot write {path}: {error.strerror}")
+
 
 def flops(config, N, M, P, words):
-    """Of one clip's forward pass: N noisy and M history frames of P tokens, each seeing what the mask and --top-k leave."""
-    D, k = config.dim, min(config.top_k or N, config.window or N)
-    pairs = [sum(1 + min(i, k) for i in range(n)) * P * P for n in (N, M)]
-    token, values = 12 * D * D + 4 * D * config.ffn_dim + 4 * D * words, config.channels * config.patch ** 2
-    block = 4 * D * D * words + token * N * P + 4 * D * pairs[0]
-    history = token * M * P + 4 * D * pairs[1]  # in the last block only its keys and values are asked for
-    ends = values * (2 * N + M) * P + (config.text_dim + D) * words + (config.freq_dim + 7 * D) * (N + M)
-    return config.layers * block + (config.layers - 1) * history + 4 * D * D * M * P + 2 * D * ends
+    """FLOPs of one clip's forward pass: N noisy and M history frames of P tokens.
+
+    Each frame attends to what the mask, --window and --top-k leave.
+    """
+    D = config.dim
+    values = config.channels * config.patch**2
+    pairs = P * P * attended_frames(config, N)
+    history_pairs = P * P * attended_frames(config, M)
+
+    token = 12 * D * D + 4 * D * config.ffn_dim + 4 * D * words
+    block = 4 * D * D * words + token * N * P + 4 * D * pairs
+    history = token * M * P + 4 * D * history_pairs
+    last_history = 4 * D * D * M * P  # only keys and values are computed of it in the last block
+    ends = values * (2 * N + M) * P
+    ends += (config.text_dim + D) * words + (config.freq_dim + 7 * D) * (N + M)
+    return config.layers * block + (config.layers - 1) * history + last_history + 2 * D * ends
+
+
+def attended_frames(config, n):
+    """How many frames n frames attend to in all, themselves included: Fig. 3c."""
+    k = min(config.top_k or n, config.window or n, n)
+    return n + k * (k - 1) // 2 + (n - k) * k
+
+
+class Cost(NamedTuple):
+    parameters: int
+    teacher: int  # FLOPs of a teacher-forcing step, over all processes
+    resample: int  # FLOPs of a resampling step
+    memory: dict  # {part: bytes in each process}
+
 
 def plan(args, config, words, world):
-    """What a step costs: (parameters, FLOPs of a teacher-forcing step, of a resampling step, {part: bytes on each device})."""
-    N, P = args.frames // config.chunk, config.chunk * args.height * args.width // config.patch ** 2
+    """What a step costs, from the sizes alone.
+
+    words: text rows L of a clip; world: processes. Returns a `Cost`.
+    """
+    N = args.frames // config.chunk
+    P = config.chunk * args.height * args.width // config.patch**2
+    teacher = 3 * args.batch * flops(config, N, N - 1, P, words)  # backward costs two forwards
+    resample = teacher
+    if N > 1:
+        first_step = flops(config, N - 1, N - 2, P, words)
+        later_steps = (args.resample_steps - 1) * flops(config, N - 1, 0, P, words)
+        resample += args.batch * (first_step + later_steps)
+
     with torch.device("meta"):
         net = CausalDiT(config)
-    n, block = (sum(p.numel() for p in part.parameters()) for part in (net, net.blocks[0]))
-    teacher = 3 * args.batch * flops(config, N, N - 1, P, words)
-    later = (args.resample_steps - 1) * flops(config, N - 1, 0, P, words)
-    resample = teacher + args.batch * (flops(config, N - 1, N - 2, P, words) + later)
-    clips, held = args.batch // world // args.accumulate, 60 * config.dim + 6 * config.ffn_dim  # bytes a block keeps of a token
-    keep = config.layers * 4 * config.dim + held if args.recompute else config.layers * held
-    parts = {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n, "average": 4 * n}
-    parts = {key: value / (world if args.fsdp else 1) for key, value in parts.items()}
-    parts |= {"gathered weights": 4 * n if args.fsdp and args.history == "resample" else 8 * block if args.fsdp else 0,
-              "activations": clips * (2 * N - 1) * P * keep, "cache": clips * 4 * config.layers * N * P * config.dim}
-    return n, teacher, resample, parts
+    weights = 4 * sum(p.numel() for p in net.parameters())
+    block = 4 * sum(p.numel() for p in net.blocks[0].parameters())
+    clips = args.batch // world // args.accumulate
+    token = 60 * config.dim + 6 * config.ffn_dim  # bytes that a block keeps of a token
+    kept = 4 * config.dim * config.layers + token if args.recompute else token * config.layers
 
-def announce(args, config, cost, world, device):
-    """What a step takes, said before the first one."""
-    n, teacher, resample, _ = cost
-    tokens = (2 * args.frames - config.chunk) * args.height * args.width // config.patch ** 2 * args.batch
-    print(f"{args.data}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} per step\n"
-          f"{n:,} parameters on {world} x {device.type}, {args.precision}; {tokens:,} tokens and {teacher:.2e} FLOPs per "
-          f"teacher-forcing step, {resample:.2e} per resampling step")
+    shards = world if args.fsdp else 1
+    gathered = 0
+    if args.fsdp:
+        gathered = weights if args.history == "resample" else 2 * block
+    memory = {
+        "weights": weights / shards,
+        "gradients": weights / shards,
+        "moments": 2 * weights / shards,
+        "average": weights / shards,
+        "gathered weights": gathered,
+        "activations": clips * (2 * N - 1) * P * kept,
+        "cache": 4 * clips * config.layers * N * P * config.dim,
+    }
+    return Cost(weights // 4, teacher, resample, memory)
 
-def print_plan(args, cost, world):
-    """Does it fit, what would make it fit, and how long will it take?"""
-    _, teacher, resample, parts = cost
-    total, later = sum(parts.values()) / 2 ** 30, max(0, args.steps - args.warmup)
-    print("GiB on each: " + ", ".join(f"{key} {value / 2 ** 30:.1f}" for key, value in parts.items()) +
-          f"; {total:.1f} of {args.gpu_memory:g}")
-    cures = {"--recompute": not args.recompute, "--fsdp with more --gpus": not args.fsdp, "more --gpus": args.fsdp,
-             "more --accumulate": args.batch > world * args.accumulate, "fewer --frames": True}
-    print("this fits" if total < args.gpu_memory else
-          f"this does not fit; what would help: {', '.join(cure for cure, helps in cures.items() if helps)}")
-    first, second = (z / world / args.tflops / 1e12 / args.mfu for z in (teacher, resample))
-    print(f"at {args.tflops:g} TFLOPS and an MFU of {args.mfu:g}: {first:.1f} s per teacher-forcing step, {second:.1f} s per "
-          f"resampling step ({second / first:.2f} x), {(first * (args.steps - later) + second * later) / 3600:,.0f} hours for "
-          f"{args.steps:,} steps")
 
-def continue_clips(net, test, frames, args):
-    """Four clips (4, T, ...) and what the model makes of their first frames (4, frames, ...).
-    The window is that of training, so that no relative position is new however long the rollout."""
-    truth, c = (z.to(net.patch_embedding.weight.device) for z in default_collate([test[i] for i in range(4)]))
-    length = args.frames // net.config.chunk
-    made = extend(net, truth, c, frames, 2 if length > 2 else 1, steps=args.sample_steps, time_shift=args.sample_shift,
-                  guidance=args.guidance, window=length - 1)
-    return {"truth": truth.cpu(), "rollout": made}
+def print_cost(args, config, cost, world, device_type):
+    """Print the size of a step."""
+    frames = args.batch * (2 * args.frames - config.chunk)
+    tokens = frames * args.height * args.width // config.patch**2
+    print(
+        f"{args.data}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} "
+        f"per step\n{cost.parameters:,} parameters on {world} x {device_type}, {args.precision}; "
+        f"{tokens:,} tokens and {cost.teacher:.2e} FLOPs per teacher-forcing step, "
+        f"{cost.resample:.2e} per resampling step"
+    )
 
-def look(net, test, args, step):
-    """Pictures of continued clips, truth above and rollout below. Returns the loss under teacher forcing on them."""
-    compare(args.out / "samples" / f"step_{step:06d}", continue_clips(net, test, args.frames, args), test.fps)
-    losses, device = [], net.patch_embedding.weight.device
-    for i in range(16):
-        x, c = (z[None].to(device) for z in test[i])
-        x = fold(x, net.config.chunk)
-        with torch.no_grad(), streams(0, [i], device):
-            losses.append(flow_matching_loss(net, x, c, x[:, :-1], args.time_shift).item())
-    return {"held_out_loss": np.mean(losses)}
 
-def finish(test, args, cost, world, device):
-    """The end of a run: clips continued to four times the training length, and measured where there is a ruler."""
-    path, frames, prompt = args.out / "samples" / "final", 4 * args.frames, ""
-    if args.data == "sprites":
-        print("held-out clips continued to four times the training length, 0 to 100 (truth itself is near 100):")
-        sample.main(["--eval", "--videos=16", f"--checkpoint={args.out}", f"--out={path}.gif", f"--device={args.device}",
-                     f"--frames={frames}", f"--steps={args.sample_steps}", f"--time-shift={args.sample_shift}",
-                     f"--guidance={args.guidance}"])
-        prompt = f' "{test.caption(0)}"'
+def print_start(args, config, cost, world, device, start):
+    """Print what the run will do."""
+    print_cost(args, config, cost, world, device.type)
+    never = "" if args.warmup < args.steps else " (never: the warm-up is as long as the run)"
+    print(
+        f"steps {start} to {args.steps}: teacher forcing until {min(args.warmup, args.steps)}, "
+        f"then --history {args.history}{never}\nin {args.out}/: ckpt.pt every {args.save_every} "
+        f"steps, samples/ every {args.sample_every}, log.jsonl"
+    )
+
+
+def print_plan(args, config, cost, world):
+    """Print whether a run fits, what would make it fit, and how long it takes."""
+    print_cost(args, config, cost, world, "cuda")
+    total = sum(cost.memory.values()) / GIB
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in cost.memory.items())
+    print(f"GiB on each: {parts}; {total:.1f} of {args.gpu_memory:g}")
+    if total < args.gpu_memory:
+        print("this fits")
     else:
-        compare(path, continue_clips(load_checkpoint(args.out).to(device), test, frames, args), test.fps)
-    print(f"{speeds(args, cost, world, device)}\nlook at {path}.gif and {path}.png (truth above, rollout below), then try\n"
-          f"  python sample.py{prompt} --checkpoint {args.out}")
+        print(f"this does not fit; what would help: {', '.join(savings(args, world))}")
 
-def speeds(args, cost, world, device):
-    """Median times of the run's steps, by kind, from its log, and how far off `plan` was. What a redrawn history costs is
-    told from the same steps without it: they are then teacher-forcing steps, taken in the same minutes."""
-    _, teacher, resample, parts = cost
-    steps = [step for step in map(json.loads, (args.out / "log.jsonl").read_text().splitlines()) if "loss" in step]
-    kind, seconds, history, waits = (np.array([step[key] for step in steps])
-                                     for key in ("history", "seconds", "history_seconds", "data_seconds"))
-    bare, kinds = seconds - history, []
-    for name in sorted({*kind}, reverse=True):
-        mine, planned = kind == name, f", planned {resample / teacher:.2f} x" * (name == "resample_history")
-        extra = f" ({np.median((seconds / bare)[mine]):.2f} x one without it{planned})" * (name != "teacher_history")
-        kinds.append(f"{name} {1000 * np.median(seconds[mine]):.0f} ms{extra}")
-    tflops = teacher / np.median(bare) / world / 1e12
-    rate = f"without its history a step runs at {tflops:.3f} TFLOPS on each device"
+    speed = world * args.tflops * 1e12 * MFU
+    first, second = cost.teacher / speed, cost.resample / speed
+    later = max(0, args.steps - args.warmup)
+    hours = (first * (args.steps - later) + second * later) / 3600
+    print(
+        f"at {args.tflops:g} TFLOPS and an MFU of {MFU:g}: {first:.1f} s per teacher-forcing step, "
+        f"{second:.1f} s per resampling step ({second / first:.2f} x), {hours:,.0f} hours for "
+        f"{args.steps:,} steps"
+    )
+
+
+def savings(args, world):
+    """The flags that would save memory."""
+    flags = []
+    if not args.recompute:
+        flags.append("--recompute")
+    flags.append("more --gpus" if args.fsdp else "--fsdp with more --gpus")
+    if args.batch > world * args.accumulate:
+        flags.append("more --accumulate")
+    return [*flags, "fewer --frames"]
+
+
+def rollout_window(config, frames):
+    """The cache's window for rollouts of a network trained on clips of `frames` frames.
+
+    That of training, so that no relative position is new however long the rollout is. None if
+    clips are single frames.
+    """
+    longest = frames // config.chunk - 1
+    if config.window:
+        longest = min(longest, config.window + 1)
+    return longest or None
+
+
+def continue_clips(net, clips, frames, args):
+    """Continue the first two frames of four clips, or the first one where clips have but two.
+
+    Returns {"truth": (4, T, C, height, width), "rollout": (4, frames, C, height, width)}.
+    """
+    device = net.patch_embedding.weight.device
+    truth, c = default_collate([clips[i] for i in range(4)])
+    made = continue_video(
+        net,
+        truth.to(device),
+        c.to(device),
+        frames,
+        given=min(2, args.frames // net.config.chunk - 1),
+        steps=args.sample_steps,
+        time_shift=args.sample_shift,
+        guidance=args.guidance,
+        window=rollout_window(net.config, args.frames),
+    )
+    return {"truth": truth, "rollout": made}
+
+
+def log_samples(clips, args, step, device):
+    """Draw continued clips, truth above rollout, and log the loss under teacher forcing."""
+    net = load_checkpoint(args.out).to(device)
+    with autocast(args, device):
+        videos = continue_clips(net, clips, args.frames, args)
+        write_comparison(args.out / "samples" / f"step_{step:06d}", videos, clips.fps)
+        loss = held_out_loss(net, clips, args, device)
+    append_log(args.out, {"step": step, "held_out_loss": loss})
+
+
+@torch.no_grad()
+def held_out_loss(net, clips, args, device):
+    """The mean loss of 16 clips under teacher forcing, with the same noise at every step."""
+    losses = []
+    for i in range(16):
+        video, c = (z[None].to(device) for z in clips[i])
+        x = fold(video, net.config.chunk)
+        rng = ClipNoise(0, [i], device)
+        losses.append(flow_matching_loss(net, x, c, x[:, :-1], args.time_shift, rng).item())
+    return np.mean(losses)
+
+
+def report(clips, args, cost, world, device):
+    """Continue clips to four times the training length, measure sprites, print the speed."""
+    net = load_checkpoint(args.out).to(device)
+    path = args.out / "samples" / "final"
+    several = args.frames > net.config.chunk  # a clip of one frame has nothing to continue
+    frames = 4 * args.frames if several else args.frames
+
+    with autocast(args, device):
+        if args.data == "sprites" and several:
+            videos = measure_rollouts(net, frames, args)
+        else:
+            videos = continue_clips(net, clips, frames, args)
+    write_comparison(path, videos, clips.fps)
+
+    print_speed(args, cost, world, device)
+    prompt = f' "{clips.caption(0)}"' if args.data == "sprites" else ""
+    print(
+        f"look at {path}.gif and {path}.png (truth above, rollout below), then try\n"
+        f"  python sample.py{prompt} --checkpoint {args.out}"
+    )
+
+
+def measure_rollouts(net, frames, args):
+    """Print and save the metrics of 16 held-out clips continued to `frames` frames.
+
+    Returns the first four of them, {"truth": (4, frames, ...), the run's name: the same}.
+    """
+    settings = {
+        "frames": frames,
+        "videos": 16,
+        "steps": args.sample_steps,
+        "time_shift": args.sample_shift,
+        "guidance": args.guidance,
+        "window": rollout_window(net.config, args.frames),
+    }
+    print(
+        "held-out clips continued to four times the training length, 0 to 100 (truth itself is "
+        f"near 100):\n16 videos, {frames} frames, the first {2 * net.config.chunk} given, window "
+        f"{settings['window']}, {args.sample_steps} steps"
+    )
+    truth, made, scores = evaluate(net, **settings)
+    print(metrics_table(scores))
+    save_scores(args.out / "samples" / "eval.json", settings, scores)
+    return {"truth": truth[:4], args.out.name: made[:4]}
+
+
+def print_speed(args, cost, world, device):
+    """Print the median time of a step by its history, from the log, beside the plan.
+
+    Resampling overhead = step time / (step time - history time): the same steps without their
+    history are teacher-forcing steps, taken in the same minutes.
+    """
+    entries = map(read_entry, (args.out / "log.jsonl").read_text(errors="replace").splitlines())
+    steps = [entry for entry in entries if entry and "data_seconds" in entry]
+    if not steps:
+        return
+    names = np.array([step["history"] for step in steps])
+    seconds = np.array([step["seconds"] for step in steps])
+    bare = seconds - np.array([step["history_seconds"] for step in steps])
+    waits = np.array([step["data_seconds"] for step in steps])
+
+    texts = []
+    for name in sorted(set(names), reverse=True):
+        of_name = names == name
+        text = f"{name} {1000 * np.median(seconds[of_name]):.0f} ms"
+        if name != "teacher_history":
+            text += f" ({np.median((seconds / bare)[of_name]):.2f} x one without it"
+            if name == "resample_history":
+                text += f", planned {cost.resample / cost.teacher:.2f} x"
+            text += ")"
+        texts.append(text)
+    waiting = waits.sum() / (seconds + waits).sum()
+    print(f"median step: {', '.join(texts)}; waiting for data {waiting:.1%} of the time")
+
+    tflops = cost.teacher / np.median(bare) / world / 1e12
+    text = f"without its history a step runs at {tflops:.3f} TFLOPS on each device"
     if device.type == "cuda":
-        rate += (f", {tflops / args.tflops:.0%} of --tflops {args.tflops:g}; memory at its peak "
-                 f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB, planned {sum(parts.values()) / 2 ** 30:.1f}")
-    return f"median step: {', '.join(kinds)}; waiting for data {waits.sum() / (seconds + waits).sum():.1%} of the time\n{rate}"
+        peak = torch.cuda.max_memory_allocated() / GIB
+        text += f", {tflops / args.tflops:.0%} of --tflops {args.tflops:g}; memory at its peak "
+        text += f"{peak:.1f} GiB, planned {sum(cost.memory.values()) / GIB:.1f}"
+    print(text)
+
 
 if __name__ == "__main__":
-    Parser(__doc__).guard(main, sys.argv[1:])
+    run_main(main, sys.argv[1:])
