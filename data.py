@@ -1043,15 +1043,10 @@ def resize_graph(frame_width, frame_height, colours, height, width, thread):
         width=frame_width, height=frame_height, format=colours[0], time_base=Fraction(1)
     )
     scale = graph.add("scale", f"{width}:{height}:force_original_aspect_ratio=increase")
-    to_rgb = graph.add("scale", "flags=bilinear")
-    rgb = graph.add("format", "rgb24")
+    rgb = graph.add("format", "rgb24")  # makes scale convert, too, in one pass
     crop = graph.add("crop", f"{width}:{height}")
     sink = graph.add("buffersink")
-
-    if width % 2 or height % 2:  # before RGB only even sizes can be cut out
-        graph.link_nodes(source, scale, to_rgb, rgb, crop, sink)
-    else:
-        graph.link_nodes(source, scale, crop, to_rgb, rgb, sink)
+    graph.link_nodes(source, scale, rgb, crop, sink)
     graph.configure()
     return graph
 
@@ -1063,7 +1058,8 @@ def sides(size):
 
 def to_float(clip):
     """(T, height, width, 3) uint8 -> (T, 3, height, width) in [-1, 1]."""
-    return rearrange(torch.from_numpy(clip), "t h w c -> t c h w").float() / 127.5 - 1
+    clip = rearrange(torch.from_numpy(clip), "t h w c -> t c h w").contiguous()
+    return clip.float().div_(127.5).sub_(1)
 
 
 def to_bytes(video):

@@ -313,15 +313,21 @@ def default_device():
     return DEVICES[-1]
 
 
-def stop(message, status):
+class RunFailed(ValueError):
+    """A run under way failed, for instance on a full disk; its input was not refused."""
+
+
+def stop(message, status, refused=True):
     """Print one line on stderr and exit.
 
-    Under torchrun only rank 0 prints, and the status is 0: torchrun answers any other status with a
-    traceback of its own and kills the other processes.
+    Under torchrun only rank 0 prints, and the status of refused input is 0: torchrun answers any
+    other status with a traceback of its own. A run that failed keeps its status all the same.
     """
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(0 if "RANK" in os.environ else status)
+    if refused and "RANK" in os.environ:
+        status = 0
+    sys.exit(status)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -339,11 +345,13 @@ def new_parser(doc):
 def run_main(main, argv):
     """Run main(argv); a refused input or Ctrl-C ends in one line without a traceback, see `stop`.
 
-    The exit status is 2 after ValueError and OSError, and 130 after Ctrl-C. Under torchrun it is 0,
-    in every process.
+    The exit status is 2 after ValueError and OSError, and 130 after Ctrl-C. Under torchrun it is 0
+    in every process, except after `RunFailed`.
     """
     try:
         return main(argv)
+    except RunFailed as error:
+        stop(one_line(error), 2, refused=False)
     except (ValueError, OSError) as error:
         stop(one_line(error), 2)
     except KeyboardInterrupt:

@@ -53,6 +53,7 @@ from model import (
 from rf import HISTORY, flow_matching_loss
 from sample import (
     DEVICES,
+    RunFailed,
     bounded_float,
     bounded_int,
     continue_video,
@@ -596,13 +597,15 @@ def call_on_all(function, *args):
     result = error = None
     try:
         result = function(*args)
+    except RunFailed as problem:
+        error = problem
     except (ValueError, OSError) as problem:
-        error = one_line(problem)
+        error = ValueError(one_line(problem))
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for error in errors:
         if error is not None:
-            raise ValueError(error)
+            raise error
     return result
 
 
@@ -871,7 +874,7 @@ def clip_gradient(net, args):
 
 
 def check_finite(loss, norm, step, args):
-    """Raise ValueError if the loss or the gradient is NaN or infinite; no weight has changed."""
+    """Raise RunFailed if the loss or the gradient is NaN or infinite; no weight has changed."""
     if math.isfinite(loss + norm):
         return
     path = args.out / "ckpt.pt"
@@ -879,7 +882,7 @@ def check_finite(loss, norm, step, args):
         way_out = f"the last good checkpoint is {path}"
     else:
         way_out = "there is no checkpoint yet; try a lower --lr"
-    raise ValueError(
+    raise RunFailed(
         f"loss {loss} with gradient norm {norm} at step {step}: the weights were not touched; "
         f"{way_out}"
     )
@@ -909,7 +912,10 @@ def save(net, ema, optimizer, step, args):
 
 
 def write_checkpoint(path, state):
-    """Replace path by state whole or not at all: a kill at any moment leaves the last good one."""
+    """Replace path by state, whole or not at all: a kill at any moment leaves the last good one.
+
+    Raises RunFailed if the disk is full or not writable.
+    """
     part = path.with_name("ckpt.pt.part")
     try:
         with open(part, "wb") as file:
@@ -926,7 +932,7 @@ def write_checkpoint(path, state):
             way_out = f"{path} is as it was: make room, then --resume"
         else:
             way_out = "nothing is saved yet"
-        raise ValueError(
+        raise RunFailed(
             f"could not save step {state['step']} to {path} ({reason}); {way_out}"
         ) from None
 
