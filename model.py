@@ -89,7 +89,7 @@ def rotate(z, angles):
 
 
 def sinusoid(t, dim):
-    """t (...) -> (..., dim): cosines first, periods from 2 pi to 20000 pi, in float64."""
+    """t (...) -> (..., dim): cosines first, periods from 2 pi to nearly 20000 pi, in float64."""
     if t.device.type == "mps":  # has no float64
         return sinusoid(t.cpu(), dim).float().to(t.device)
     frequency = 1e4 ** (-torch.arange(dim // 2, device=t.device, dtype=torch.float64) / (dim // 2))
@@ -100,6 +100,38 @@ def sinusoid(t, dim):
 def modulate(x, shift, scale):
     """adaLN: x (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def split_heads(z, heads):
+    """(B, ..., D) -> (B, H, ..., E); einops takes as long as the attention of a small model."""
+    return z.unflatten(-1, (heads, -1)).movedim(-2, 1)
+
+
+def join_heads(z):
+    """(B, H, ..., E) -> (B, ..., D)."""
+    return z.movedim(1, -2).flatten(-2)
+
+
+# torch.compile would compile these two anew for every number of frames.
+
+
+@torch.compiler.disable
+def attend_with_cache(attention, q, k, v, past, own, cache):
+    """Append this pass's keys and values to the cache, if there is one, and attend to all."""
+    if cache is None:
+        return attend(q, k, v, past, own, attention.top_k)
+    k, v, descriptor = cache.put(attention.layer, k, v)
+    return attend(q, k, v, past, own, attention.top_k, descriptor)
+
+
+@torch.compiler.disable
+def text_with_cache(attention, text, cache):
+    """The text's keys and values in a layer; a cache keeps them while c is the same tensor."""
+    if cache is None:
+        return attention.project_text(text)
+    if attention.layer not in cache.text:
+        cache.text[attention.layer] = attention.project_text(text)
+    return cache.text[attention.layer]
 
 
 class Attention(nn.Module):
@@ -117,6 +149,8 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
+    """Attention of each frame to itself and its history, Eq. (8)."""
+
     def project(self, x, angles, rows):
         """x (B, F, P, D) -> rotated q (B, H, R, P, E) of the last `rows` frames, k and v of all."""
         queries = x[:, x.shape[1] - rows :]
@@ -136,6 +170,8 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
+    """Attention of each token to the text."""
+
     def project_text(self, text):
         """text (B, L, D) -> k, v (B, H, L, E)."""
         k = self.norm_k(self.k(text).to(self.norm_k.weight.dtype))
@@ -151,6 +187,8 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention and MLP, with adaLN modulation per frame."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = SelfAttention(config, layer)
@@ -186,6 +224,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """Modulated norm and projection of tokens to patches."""
+
     def __init__(self, config):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -196,6 +236,21 @@ class Head(nn.Module):
         """x (B, N, P, D), e (B, N, D) -> (B, N, P, patch · patch · C)."""
         shift, scale = (self.modulation + e[:, :, None]).unsqueeze(-2).unbind(2)
         return self.head(modulate(self.norm(x), shift, scale))
+
+
+def patchify(x, config):
+    """Frames (B, F, chunk · C, height, width) -> tokens (B, F, P, C · patch · patch)."""
+    sizes = {"t": config.chunk, "p": config.patch, "q": config.patch}
+    return rearrange(x, "b f (t c) (h p) (w q) -> b f (t h w) (c p q)", **sizes)
+
+
+def unpatchify(x, config, rows):
+    """Tokens (B, N, P, patch · patch · C) -> frames (B, N, chunk · C, height, width).
+
+    Wan's head orders the values of a token differently from its patch embedding.
+    """
+    sizes = {"t": config.chunk, "h": rows, "p": config.patch, "q": config.patch}
+    return rearrange(x, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", **sizes)
 
 
 class CausalDiT(nn.Module):
@@ -219,6 +274,7 @@ class CausalDiT(nn.Module):
         self.initialize()
 
     def initialize(self):
+        """Initialize as Wan does; the zero head makes a new network return v = 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -233,7 +289,8 @@ class CausalDiT(nn.Module):
 
         x (B, N, chunk · C, height, width): frames numbered first, first + 1, ...
         t (B, N): their noise levels in [0, 1]. c (B, L, text_dim): the condition.
-        history (B, M, chunk · C, height, width) or None: finished frames, right after the cache's.
+        history (B, M, chunk · C, height, width) or None: finished frames that follow those in
+        the cache.
         cache: `Cache` or None; the history's keys and values are appended to it.
         history_t (B, M) or None: noise levels of the history, for diffusion forcing; None: all 0.
         Returns v shaped like x, in float32 (float64 if the weights are). Raises ValueError where
@@ -245,9 +302,9 @@ class CausalDiT(nn.Module):
             history = x[:, :0]
         if history_t is None:
             history_t = t.new_zeros(history.shape[:2])
-        n_cached = cache_first = 0
+        n_cached, cache_first = 0, 0
         if cache is not None:
-            kept = cache.admit(history.shape[1], c)
+            kept = cache.admit(history.shape[1], c)  # a window may evict some of them at once
             history, history_t = history[:, kept], history_t[:, kept]
             n_cached, cache_first = cache.length, cache.first
 
@@ -270,11 +327,13 @@ class CausalDiT(nn.Module):
         x = self.patch_embedding(x.to(dtype)).to(dtype)  # (B, F, P, D)
 
         for layer, block in enumerate(self.blocks):
-            if layer == config.layers - 1:  # nothing reads the history's last output: keys only
+            if layer == config.layers - 1:  # the history's last output is not used
                 past, own = sparse_causal_mask(n_cached + M, 0, N, position, device, config.window)
             if self.recompute and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, e6, angles, past, own, text, cache)  # (B, F, P, D), at last (B, N, P, D)
+            x = block(
+                x, e6, angles, past, own, text, cache
+            )  # (B, F, P, D); after the last block (B, N, P, D)
 
         if cache is not None:
             cache.length += M
@@ -283,13 +342,17 @@ class CausalDiT(nn.Module):
         return unpatchify(v, config, height)  # (B, N, chunk · C, height, width)
 
     def cache(self, batch, frames, window=None, sink=0):
-        """An empty cache for `batch` videos of up to `frames` frames, or of any number of frames of
-        which it keeps the first `sink` and the last, `window` in all."""
+        """Make an empty cache for `batch` videos of up to `frames` frames.
+
+        window: keep only the first `sink` and the last window - sink frames, of any number;
+        `frames` is then ignored.
+        """
         if window is None:
             return Cache(self.config, batch, frames)
         return WindowCache(self.config, batch, window, sink)
 
     def check(self, x, c):
+        """Raise ValueError for frames or text that do not fit the configuration."""
         config = self.config
         _, _, channels, height, width = x.shape
         if channels != config.chunk * config.channels:
@@ -320,17 +383,21 @@ class Cache:
     `length` grows by the history, and the next pass overwrites the noisy frames.
     """
 
-    first = 0  # number of the frame in slot 0
-
     def __init__(self, config, batch, frames):
-        self.config, self.batch, self.frames = config, batch, frames
+        self.config = config
+        self.batch = batch
+        self.frames = frames
         self.slots = frames  # to allocate
+        self.first = 0  # number of the frame in slot 0
         self.length = 0
-        self.k = self.v = self.descriptor = None  # (layers, B, H, slots, P, E); mean keys without P
-        self.c, self.text = None, {}  # the condition, and each layer's keys and values of it
+        self.k = None  # (layers, B, H, slots, P, E)
+        self.v = None
+        self.descriptor = None  # mean keys, (layers, B, H, slots, E)
+        self.c = None  # the condition
+        self.text = {}  # its keys and values in each layer
 
     def admit(self, n, c):
-        """Begin a pass with n history frames and condition c. Returns the frames to compute."""
+        """Begin a pass with n history frames and condition c. Returns the indices to compute."""
         if self.length + n > self.frames:
             raise ValueError(
                 f"{self.length + n} finished frames in a cache for {self.frames}: "
@@ -338,17 +405,16 @@ class Cache:
             )
         if self.c is not c:
             self.c, self.text = c, {}
-        return slice(None)
+        return list(range(n))
 
     def put(self, layer, k, v):
         """Write k, v (B, H, F, P, E) of this pass. Returns k, v and mean keys of all S columns."""
         end = self.length + k.shape[2]
         self.reserve(k, end)
-        columns = []
-        for kept, new in ((self.k, k), (self.v, v), (self.descriptor, describe(k))):
-            kept[layer][:, :, self.length : end] = new
-            columns.append(kept[layer][:, :, :end])
-        return columns
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        self.descriptor[layer][:, :, self.length : end] = describe(k)
+        return tuple(z[layer][:, :, :end] for z in (self.k, self.v, self.descriptor))
 
     def reserve(self, k, slots):
         """Allocate at first use; grow only for a pass with more noisy frames than there is room."""
@@ -365,7 +431,7 @@ class Cache:
             self.descriptor = F.pad(self.descriptor, (0, 0, 0, more))
 
 
-# ---- machinery: the cache with a window, positions, tokens, checkpoints, Wan's weights ----
+# ---- machinery: the cache with a window, angles of tokens, checkpoints, Wan's weights ----
 
 
 class WindowCache(Cache):
@@ -373,7 +439,7 @@ class WindowCache(Cache):
 
     Evicting a frame moves those behind it to lower slots; slot i keeps the position first + i.
     So the sink's keys are rotated forward with the window and always stand right before it, and
-    no relative position is larger than in a video of `window` frames.
+    no relative position is larger than in a video of `window` + 1 frames.
     """
 
     def __init__(self, config, batch, window, sink):
@@ -387,7 +453,7 @@ class WindowCache(Cache):
         self.sink_k = None  # keys of the sink at positions 0 to sink - 1
 
     def admit(self, n, c):
-        """Evict for n new frames. Returns the indices of those that are not evicted at once."""
+        """Evict frames to make room for n; return the indices of the new frames to compute."""
         total = self.length + n
         evicted = max(0, total - self.frames)
         if evicted == 0:
@@ -409,7 +475,7 @@ class WindowCache(Cache):
         for layer in range(self.config.layers):
             for z in (self.k, self.v, self.descriptor):
                 z[layer][:, :, : len(old)] = z[layer][:, :, old]
-            k = rotate(self.sink_k[layer][:, :, :sink], self.turn(self.first))
+            k = rotate(self.sink_k[layer][:, :, :sink], self.rotation_by(self.first))
             self.k[layer][:, :, :sink] = k
             self.descriptor[layer][:, :, :sink] = describe(k)
 
@@ -421,36 +487,16 @@ class WindowCache(Cache):
         if self.length < self.sink:
             fresh = columns[0][:, :, self.length : self.sink]
             end = self.length + fresh.shape[2]
-            self.sink_k[layer][:, :, self.length : end] = rotate(fresh, self.turn(-self.first))
+            self.sink_k[layer][:, :, self.length : end] = rotate(
+                fresh, self.rotation_by(-self.first)
+            )
         return columns
 
-    def turn(self, frames):
+    def rotation_by(self, frames):
         """The rotation that moves a key by a number of frames."""
         offset, zero = torch.tensor([frames * self.config.chunk]), torch.tensor([0])
         angles = rope(self.config.dim // self.config.heads, offset, zero, zero)
         return angles_like(angles, self.k.device, self.k.dtype)
-
-
-# torch.compile would compile these two anew for every number of frames.
-
-
-@torch.compiler.disable
-def attend_with_cache(attention, q, k, v, past, own, cache):
-    """Append this pass's keys and values to the cache, if there is one, and attend to all."""
-    if cache is None:
-        return attend(q, k, v, past, own, attention.top_k)
-    k, v, descriptor = cache.put(attention.layer, k, v)
-    return attend(q, k, v, past, own, attention.top_k, descriptor)
-
-
-@torch.compiler.disable
-def text_with_cache(attention, text, cache):
-    """The text's keys and values in a layer; a cache keeps them while c is the same tensor."""
-    if cache is None:
-        return attention.project_text(text)
-    if attention.layer not in cache.text:
-        cache.text[attention.layer] = attention.project_text(text)
-    return cache.text[attention.layer]
 
 
 @lru_cache(maxsize=64)
@@ -465,31 +511,6 @@ def token_angles(width, chunk, numbers, rows, columns, device, dtype):
 def angles_like(angles, device, dtype):
     """Angles on a device, as precise as dtype, at least complex64."""
     return angles.to(torch.complex128 if dtype == torch.float64 else torch.complex64).to(device)
-
-
-def split_heads(z, heads):
-    """(B, ..., D) -> (B, H, ..., E); einops takes as long as the attention of a small model."""
-    return z.unflatten(-1, (heads, -1)).movedim(-2, 1)
-
-
-def join_heads(z):
-    """(B, H, ..., E) -> (B, ..., D)."""
-    return z.movedim(1, -2).flatten(-2)
-
-
-def patchify(x, config):
-    """Frames (B, F, chunk · C, height, width) -> tokens (B, F, P, C · patch · patch)."""
-    sizes = {"t": config.chunk, "p": config.patch, "q": config.patch}
-    return rearrange(x, "b f (t c) (h p) (w q) -> b f (t h w) (c p q)", **sizes)
-
-
-def unpatchify(x, config, rows):
-    """Tokens (B, N, P, patch · patch · C) -> frames (B, N, chunk · C, height, width).
-
-    Wan's head orders a token's values otherwise than its patch embedding does.
-    """
-    sizes = {"t": config.chunk, "h": rows, "p": config.patch, "q": config.patch}
-    return rearrange(x, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", **sizes)
 
 
 CHECKPOINT = {"config": dict, "model": dict, "ema": dict, "step": int, "args": dict}
@@ -513,7 +534,7 @@ def read_checkpoint(path):
             if not isinstance(state[key], kind):
                 raise ValueError(f"its {key} is a {type(state[key]).__name__}")
         Config(**state["config"])
-    except Exception as error:  # torch raises another class for each way in which a file can break
+    except Exception as error:  # the exception class depends on the damage
         reason = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} is not a whole checkpoint of this project ({reason}); "
@@ -593,6 +614,6 @@ def read_weights(file):
         state = torch.load(file, map_location="cpu", weights_only=True)
         state = state.get("generator_ema", state.get("generator", state))
         return dict(state.items())
-    except Exception as error:  # each library has classes of its own
+    except Exception as error:  # the exception class depends on the library
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise ValueError(f"{file} cannot be read as weights ({reason})") from None

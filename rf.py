@@ -2,13 +2,14 @@
 
 Time runs one way: t = 0 is a clean frame, t = 1 is noise, and the network predicts the velocity
 v = eps - x. Everything here needs one call, `v = model(x, t, c, history, cache, first)`, and
-`model.cache(batch, frames)`: the noisy frames x, numbered from `first`, attend to their history;
-a cache holds the frames before it. Teacher forcing, self-resampling and generation are one
+`model.cache(batch, frames)`: the noisy frames x, numbered from `first`, attend to `history`;
+`cache` holds the frames before the history. Teacher forcing, self-resampling and generation are one
 function, `rollout`, started at t = 0, at t_s and at t = 1.
 
 B videos, N noisy frames, M history frames, C channels, L words. A frame may be a chunk of latent
 frames folded into its channels. Frames are (B, N, C, height, width), conditions c (B, L, text_dim).
-Functions that draw take `rng`: torch, or any object with its `rand` and `randn`.
+Functions that draw random numbers take `rng`: the torch module, or an object with the same `rand`
+and `randn`.
 """
 
 from itertools import pairwise
@@ -46,10 +47,11 @@ def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch):
 
 
 def solve(model, x, t, c, steps, time_shift, history, cache, first):
-    """The integral of Eq. (2) by Euler steps, for all frames of x (B, N, ...) at once.
+    """Integrate Eq. (2) from t to 0 in Euler steps, for all frames of x at once.
 
-    x is at noise level t (B,). The first step's pass writes the history into the cache; later
-    steps read it from there.
+    x (B, N, C, height, width) is at noise level t (B,); returns the finished frames, shaped like x.
+    The first step's pass writes history (B, M, C, height, width) into the cache; later steps read
+    it from there.
     """
     grid = torch.linspace(1, 0, steps + 1, device=t.device, dtype=t.dtype)
     times = t[:, None] * shift(grid, time_shift)  # (B, steps + 1)
@@ -63,7 +65,7 @@ def solve(model, x, t, c, steps, time_shift, history, cache, first):
 
 @torch.no_grad()
 def rollout(model, x, t, c, steps=1, time_shift=1.0, history=None, cache=None):
-    """Eqs. (2), (5): denoise the frames of x one after another, each on the frames just finished.
+    """Eqs. (2), (5): denoise frame after frame, each conditioned on the frames finished before it.
 
     x (B, N, C, height, width) is at noise level t (B,). history (B, M, C, height, width): given
     frames before x. cache: an empty one from `model.cache`; None makes one. Integrates from t to 0
@@ -92,10 +94,10 @@ def noise_to_t_s(x, s, rng=torch):
 
 @torch.no_grad()
 def self_resample(model, x, c, s=0.6, steps=1, rng=torch):
-    """Algorithm 1, lines 2-9, Eq. (5): redraw frames with the model's own mistakes, no gradient.
+    """Algorithm 1, lines 2-9, Eq. (5): replace frames by the model's reconstruction, no gradient.
 
     x (B, N, C, height, width): clean frames. Returns x̃ shaped like x, after one forward per frame
-    and Euler step. Training passes x[:, :-1], since the last frame is nobody's history.
+    and Euler step. Training passes x[:, :-1], since no frame attends to the last one.
     """
     x_ts, t_s = noise_to_t_s(x, s, rng)
     frames = rollout(model, x_ts, t_s, c, steps)
@@ -106,12 +108,12 @@ def self_resample(model, x, c, s=0.6, steps=1, rng=torch):
 
 
 def teacher_history(model, x, c, s, steps, noise, rng=torch):
-    """Teacher forcing: the history is the ground truth."""
+    """Teacher forcing: the history is the ground truth, x itself."""
     return x
 
 
 def noise_history(model, x, c, s, steps, noise, rng=torch):
-    """Table 2, "noise": add noise to each history frame, at a level uniform in [0, noise]."""
+    """Table 2, "history noise": add noise to each frame, at a level uniform in [0, noise]."""
     eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
     t = noise * rng.rand(*x.shape[:2], device=x.device).to(x.dtype)
     return add_noise(x, eps, t)
@@ -119,14 +121,16 @@ def noise_history(model, x, c, s, steps, noise, rng=torch):
 
 @torch.no_grad()
 def parallel_history(model, x, c, s, steps, noise, rng=torch):
-    """Table 2, "parallel": resample all frames at once on the true history; no error compounds."""
+    """Table 2, "parallel resampling": all frames at once on the true history; errors stay apart."""
     x_ts, t_s = noise_to_t_s(x, s, rng)
     cache = model.cache(*x.shape[:2])
-    return solve(model, x_ts, t_s, c, steps, 1.0, x[:, :-1], cache, first=0)
+    return solve(
+        model, x_ts, t_s, c, steps, time_shift=1.0, history=x[:, :-1], cache=cache, first=0
+    )
 
 
 def resample_history(model, x, c, s, steps, noise, rng=torch):
-    """Resampling Forcing: resample frame after frame; errors compound as in generation."""
+    """Table 2, "autoregressive resampling": frame after frame; errors compound as in generation."""
     return self_resample(model, x, c, s, steps, rng)
 
 
@@ -139,9 +143,10 @@ HISTORY = {
 
 
 class Guided:
-    """Classifier-free guidance under the model's own contract, both branches in one batch.
+    """Classifier-free guidance with the model's call signature, both branches in one batch.
 
-    v = v_c + (scale - 1) (v_c - v_null): scale 1 is the model itself, more follows c more closely.
+    v = v_c + (scale - 1) (v_c - v_null): scale 1 returns v_c, larger values
+    follow c more closely.
     null (L, text_dim) or (1, L, text_dim): condition of the unconditional branch, for instance
     zeros or a negative prompt.
     """

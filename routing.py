@@ -1,4 +1,4 @@
-"""Who attends to whom: the sparse causal mask, top-k history routing, and attention under both.
+"""Attention between frames: the sparse causal mask, top-k history routing, and both applied.
 
 A pass has rows, its query frames [history | noisy], and columns, its key frames
 [cached | history | noisy]. Cached and history frames are finished and numbered 0, 1, ... in the
@@ -48,10 +48,10 @@ def describe(k):
 
 @torch.no_grad()
 def pick(q, k, past, top_k, descriptor=None):
-    """Eq. (9): for each query token and head, the up to top_k past frames of the highest score.
+    """Eq. (9): for each query token and head, at most top_k past frames, of the highest scores.
 
     q (B, H, R, P, E), k (B, H, S, P, E), past (R, S). The score is q · phi(K_j), at least in fp32,
-    without gradient. descriptor: `describe(k)` if it is known; k is then not read.
+    without gradient. descriptor: `describe(k)`, precomputed; k may then be None.
     Returns the columns (B, H, R, P, K) and, of that shape, which of them are valid: fewer than
     top_k frames may be past.
     """
@@ -84,8 +84,8 @@ def visible(q, k, past, own, top_k, descriptor=None):
 def attend_masked(q, k, v, past, own, top_k=None):
     """Eq. (8), the definition: one softmax over all tokens of all frames that a token sees.
 
-    q (B, H, R, P, E); k, v (B, H, S, P, E); past, own (R, S) -> (B, H, R, P, E). To be read and
-    tested against; `attend` is what runs.
+    q (B, H, R, P, E); k, v (B, H, S, P, E); past, own (R, S) -> (B, H, R, P, E). The
+    reference implementation; the model calls `attend`.
     """
     seen = visible(q, k, past, own, top_k)
     score = einsum(q, k, "b h r p e, b h s j e -> b h r p s j") / q.shape[-1] ** 0.5
@@ -95,14 +95,14 @@ def attend_masked(q, k, v, past, own, top_k=None):
     return einsum(weight, v.flatten(2, 3), "b h r p n, b h n e -> b h r p e")
 
 
-# ---- the same numbers, faster: on a CPU, with FlexAttention, and with routed queues ----
+# ---- machinery: the same attention, faster: on a CPU, with FlexAttention, routed on CUDA ----
 
 
 def attend(q, k, v, past, own, top_k=None, descriptor=None):
-    """Eq. (8), what runs: the outputs and gradients of `attend_masked`, without most of its work.
+    """Eq. (8), optimized: the outputs and gradients of `attend_masked`, skipping hidden frames.
 
     q (B, H, R, P, E); k, v (B, H, S, P, E); past, own from `sparse_causal_mask`; top_k: Eq. (9),
-    None for dense history; descriptor: `describe(k)` if it is known. Returns (B, H, R, P, E).
+    None for dense history; descriptor: `describe(k)`, precomputed. Returns (B, H, R, P, E).
     """
     if q.shape[2] == 0:  # the last layer of a pass that only fills the cache
         return q
@@ -121,15 +121,16 @@ def attend_groups(q, k, v, past, own, top_k, descriptor=None):
     and 1.07 x with 16 (two-core CPU, 10 frames).
     """
     P = q.shape[3]
-    seen = None
+    groups = row_groups(past, own)
+    if top_k is not None or not all(all_visible for _, _, all_visible in groups):
+        seen = visible(q, k, past, own, top_k, descriptor)
     out = [None] * q.shape[2]
     # unbind once: the gradient of a slice is as large as the whole tensor
     q_frames, k_frames, v_frames = q.unbind(2), k.unbind(2), v.unbind(2)
 
-    for rows, columns, all_visible in row_groups(past, own):
+    for rows, columns, all_visible in groups:
         mask = None
         if top_k is not None or not all_visible:
-            seen = visible(q, k, past, own, top_k, descriptor) if seen is None else seen
             mask = token_mask(seen[:, :, rows][..., columns], P)
         group = F.scaled_dot_product_attention(
             gather_frames(q, q_frames, rows),
@@ -144,7 +145,7 @@ def attend_groups(q, k, v, past, own, top_k, descriptor=None):
 
 @lru_cache(maxsize=1024)  # by identity: sparse_causal_mask returns the same tables again
 def row_groups(past, own):
-    """Split the rows into groups that see nearly the same: [(rows, columns, all_visible)].
+    """Split the rows into groups with similar visible columns: [(rows, columns, all_visible)].
 
     columns: those that at least one row sees, in rising order. all_visible: every row of the group
     sees every one of them, so that no mask is needed. One or two rows are groups of their own.
@@ -188,7 +189,7 @@ def attend_flex(q, k, v, past, own):
 def compiled_flex():
     """FlexAttention, compiled at first use, once per kind of pass.
 
-    Past torch's limit on recompilation it raises: uncompiled it would materialize every score.
+    fullgraph=True raises at torch's recompile limit; eager mode would materialize all scores.
     """
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, fullgraph=True)
@@ -198,8 +199,8 @@ def compiled_flex():
 def frame_block_mask(past, own, P, size=128):
     """FlexAttention's block mask of the frame tables, in blocks of `size` x `size` tokens.
 
-    Counts the visible pairs of frames under each block with a summed-area table, so that nothing
-    has more entries than there are blocks. Pairs of tokens look up the table itself.
+    Counts the visible pairs of frames under each block with a summed-area table of frames, so that
+    no table has an entry per token. Pairs of tokens inside a block look up the frame table.
     """
     seen = past | own
     area = F.pad(
@@ -207,16 +208,20 @@ def frame_block_mask(past, own, P, size=128):
     )  # visible pairs above and to the left
     top, bottom, whole_rows = frames_of_blocks(seen.shape[0], P, size, seen.device)
     left, right, whole_columns = frames_of_blocks(seen.shape[1], P, size, seen.device)
-    count = (
-        area[bottom][:, right] - area[top][:, right] - area[bottom][:, left] + area[top][:, left]
-    )
+    count = area[bottom][:, right] - area[top][:, right]
+    count = count - area[bottom][:, left] + area[top][:, left]
+    pairs = (bottom - top)[:, None] * (right - left)
 
-    full = count == (bottom - top)[:, None] * (right - left)
-    full &= whole_rows[:, None] & whole_columns  # a block past the end has tokens to leave out
+    # a block past the end has tokens to leave out
+    full = (count == pairs) & whole_rows[:, None] & whole_columns
     partial = (count > 0) & ~full
+    partial_counts, partial_indices = block_lists(partial)
+    full_counts, full_indices = block_lists(full)
     return BlockMask.from_kv_blocks(
-        *listed(partial),
-        *listed(full),
+        partial_counts,
+        partial_indices,
+        full_counts,
+        full_indices,
         BLOCK_SIZE=size,
         seq_lengths=(seen.shape[0] * P, seen.shape[1] * P),
         mask_mod=lambda b, h, q, s: seen[q // P, s // P],
@@ -224,14 +229,14 @@ def frame_block_mask(past, own, P, size=128):
 
 
 def frames_of_blocks(n, P, size, device):
-    """For each block of `size` tokens of n frames: its first frame, the one behind its last frame,
-    and whether all its tokens exist."""
+    """For each block of `size` tokens of n frames: its first frame, its last frame + 1, and whether
+    all its tokens exist."""
     start = torch.arange(0, n * P, size, device=device)
     end = (start + size).clamp(max=n * P)
     return start // P, (end - 1) // P + 1, start + size <= n * P
 
 
-def listed(blocks):
+def block_lists(blocks):
     """The true blocks of each row as BlockMask takes them: counts, and indices, true ones first."""
     counts = blocks.sum(-1, dtype=torch.int32)
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
@@ -239,7 +244,7 @@ def listed(blocks):
 
 
 def attend_picked(q, k, v, past, own, top_k, descriptor=None):
-    """`attend` with routed history on CUDA, at the cost of the picked frames alone.
+    """`attend` with routed history on CUDA, computing the picked frames only.
 
     Each token attends to its own frame and to each frame that it picked, one after another, and
     the parts are merged by their log-sum-exp (`MergedAttention`).
@@ -260,8 +265,8 @@ class MergedAttention(torch.autograd.Function):
 
     Queries (B, H, Q, E), keys and values (B, H, S · P, E), frames (B, H, Q, K) seen by each query,
     valid of that shape. Backward computes each part again, so that no copy of the queries is kept.
-    A part of weight w = exp(its lse - lse) receives w g for its own output and
-    w g · (its output - the merged output) for its log-sum-exp: the gradient of the one softmax.
+    With w_i = exp(lse_i - lse), the gradient of the one softmax is w_i g for out_i and
+    w_i g · (out_i - out) for lse_i.
     """
 
     @staticmethod
