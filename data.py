@@ -10,6 +10,7 @@ B videos, T frames, C channels, S sprites, L words, F pictures to fit.
 
 import argparse
 import difflib
+import io
 import math
 import os
 import re
@@ -50,7 +51,7 @@ def unfold(x, chunk):
 
 
 class Words:
-    """Embed text without a text encoder: one row per word, the word beside its successor.
+    """Embed text without a text encoder: each row holds the one-hot of a word and of the next word.
 
     The pair binds "red" to "circle", although attention to the text knows no order. Rows of zeros
     are padding.
@@ -74,6 +75,7 @@ class Words:
         return self.embedded[prompt]
 
     def embed(self, words, prompt):
+        """Embed the words of a prompt, without the cache of `__call__`."""
         self.check(words, prompt)
         c = torch.zeros(max(self.rows, len(words)), self.text_dim)
         position = [self.vocabulary.index(word) for word in words]
@@ -85,6 +87,7 @@ class Words:
         return c
 
     def check(self, words, prompt):
+        """Raise ValueError for a word outside the vocabulary, with the nearest ones in it."""
         unknown = [word for word in words if word not in self.vocabulary]
         if not unknown:
             return
@@ -248,7 +251,7 @@ class Sprites:
         self.rows = self.words.rows
 
     def scene(self, index, frames=None):
-        """The truth about a clip: colour (S,), shape (S,), at (T, S, 2) in pixels.
+        """Ground truth of a clip: colour (S,), shape (S,), at (T, S, 2) in pixels.
 
         More frames continue the same clip.
         """
@@ -316,301 +319,31 @@ class Sprites:
         return [(video, self.words(caption)) for video, caption in zip(videos, captions)]
 
 
-# Metrics of the sprites. They invert `paint`: fit sprites to each frame, then follow them.
-
-SEEN = 0.15  # a sprite counts as there if more of it than this is visible
-CLEAR = 0.5  # its position is trusted if more of it than this is visible
-SHAPE_CLEAR = 0.6  # its shape is judged only if at least this much is visible
-
-
-def measure(video, captions, wall=False):
-    """Score videos of sprites: (B, T, 3, size, size) in [-1, 1], B captions -> (B, T, 3) in 0..100.
-
-    Visual: distance to the nearest valid picture, 100 (1 - distance / that of an empty picture).
-    Temporal: does each sprite go straight, with valid bounces and speed? 100 exp(-(its distance
-    from where it is due / 6 % of the canvas)^2), less for an invalid speed; 0 for a missing sprite;
-    a hidden one does not count; nan where nothing is due, as in the first two frames.
-    Text: share of the named sprites that are there and of those there that are named; half for the
-    wrong shape; nan where no sprite is seen or due.
-    """
-    B, T, _, size, _ = video.shape
-    named = [parse_caption(caption) for caption in captions]
-    S = max([1, *map(len, named)]) + 1  # one more than named, to find a sprite too many
-
-    frames = video.float().flatten(0, 1).cpu()
-    fits = [fit_sprites(part, S, wall) for part in frames.split(512)]
-    at, shape, colour, clear, error = (torch.cat(z).unflatten(0, (B, T)) for z in zip(*fits))
-    visual = 100 * (1 - error.sqrt()).clamp(min=0)
-
-    judged = [
-        judge(
-            at[b].numpy(),
-            shape[b].numpy(),
-            colour[b].numpy(),
-            clear[b].numpy(),
-            named[b],
-            wall,
-            size,
-        )
-        for b in range(B)
-    ]
-    judged = torch.tensor(np.array(judged), dtype=torch.float32)  # (B, T, 2)
-    return torch.cat([visual[..., None], judged], dim=-1)
-
-
-def parse_caption(caption):
-    """The sprites that a caption names, as {colour: shape} by index."""
-    pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption.lower())
-    return {list(COLOURS).index(colour): list(SHAPES).index(shape) for colour, shape in pairs}
-
-
-def fit_sprites(picture, S, wall):
-    """Fit up to S sprites to each picture (F, 3, size, size): an approximate inverse of `paint`.
-
-    Greedy matching, then a descent on the positions for both orders of the two largest sprites.
-    Returns at (F, S, 2); shape and colour (F, S); clear (F, S): visible share of the sprite, 0 if
-    it is not there; error (F,): squared distance, 1 for an empty picture where S - 1 sprites are.
-    """
-    size = picture.shape[-1]
-    radius = radius_of(size, wall)
-    at, shape, colour, there = match_sprites(picture, S, wall)
-    at, shape, error = descend(picture, at, shape, colour, there, wall)
-
-    # where two sprites overlap, the one in front may have been found second
-    swap = [1, 0, *range(2, S)]
-    close = (at[:, 0] - at[:, 1]).abs().amax(1) < 2.2 * radius
-    near = (there[:, :2].all(1) & close).nonzero()[:, 0]
-    at2, shape2, error2 = descend(
-        picture[near],
-        at[near][:, swap],
-        shape[near][:, swap],
-        colour[near][:, swap],
-        there[near][:, swap],
-        wall,
-    )
-
-    better = error2 < error[near]
-    near = near[better]
-    at[near] = at2[better]
-    shape[near] = shape2[better]
-    error[near] = error2[better]
-    colour[near] = colour[near][:, swap]
-    there[near] = there[near][:, swap]
-
-    clear = visible_share(at, shape, there, size, wall)
-    full = colour_energy().mean() * templates(size, wall).square().sum((1, 2, 3)).mean() * (S - 1)
-    error = error / full
-    if not wall:  # without a wall an empty picture is never right
-        error = torch.where(there.any(1), error, error.clamp(min=1))
-    return at, shape, colour, clear, error
-
-
-def colour_energy():
-    """Squared distance of each colour to the background: (colours,)."""
-    return (PALETTE - BACKGROUND).square().sum(-1)
-
-
-def templates(size, wall):
-    """Coverage of each shape in a small window around its centre: (shapes, 1, window, window)."""
-    radius = radius_of(size, wall)
-    half = int(radius * 1.3) + 2
-    centre = torch.full((len(SHAPES), 2), half + 0.5)
-    return coverage(centre, torch.arange(len(SHAPES)), 2 * half + 1, radius)[:, None]
-
-
-def match_sprites(picture, S, wall):
-    """Find up to S sprites in each picture (F, 3, size, size) greedily, the clearest first.
-
-    Every colour, shape and pixel is a candidate; a colour is used once. Returns at (F, S, 2), shape
-    and colour (F, S), there (F, S) bool.
-    """
-    F_, size = len(picture), picture.shape[-1]
-    radius = radius_of(size, wall)
-    energy = colour_energy()
-    kernel = templates(size, wall)
-    inside = (torch.arange(size) + 0.5 - size / 2).abs() <= size / 2 - radius + 0.5
-    inside = inside & inside[:, None]
-
-    # squared distance of each pixel to each colour, 1 for the background: (F, colours, size, size)
-    unlike = (picture[:, None] - PALETTE[..., None, None]).square().sum(2)
-    unlike = unlike / energy[:, None, None]
-
-    # share of each pixel that no sprite found so far and no wall hides: (F, 1, size, size)
-    free = ~wall_columns(size) if wall else torch.ones(size)
-    free = free.expand(F_, 1, size, -1).float()
-    taken = torch.zeros(F_, len(PALETTE), dtype=torch.bool)
-
-    found = []
-    for doubt in (3, *[2] * (S - 1)):
-        # each pixel votes for a colour by 1, minus its distance to it
-        votes = (free * (1 - doubt * unlike)).flatten(0, 1)[:, None]
-        votes = F.conv2d(votes, kernel, padding="same").unflatten(0, unlike.shape[:2])
-        votes = votes * energy[:, None, None, None]  # (F, colours, shapes, size, size)
-        votes = votes.masked_fill(~inside | taken[..., None, None, None], -torch.inf)
-
-        best = votes.flatten(1).argmax(1)
-        colour, shape, row, column = torch.unravel_index(best, votes.shape[1:])
-        at = torch.stack([column, row], -1) + 0.5
-
-        # it is there if a quarter of what can be seen of it votes for it
-        alpha = coverage(at, shape, size, radius)[:, None]
-        seen = (alpha * free).sum((1, 2, 3))
-        score = votes.flatten(1).gather(1, best[:, None])[:, 0] / energy[colour]
-        there = (score > 0.25 * seen) & (seen > 0.05 * alpha.sum((1, 2, 3)))
-
-        found.append((at, shape, colour, there))
-        taken[torch.arange(F_), colour] = True
-        free = free * (1 - alpha * there[:, None, None, None])
-    return [torch.stack(z, 1) for z in zip(*found)]
-
-
-def descend(picture, at, shape, colour, there, wall):
-    """Move each sprite to the best of its neighbour positions, by ever smaller steps.
-
-    The first step tries every shape too. Returns new (at, shape) and the squared error (F,).
-    """
-    size = picture.shape[-1]
-    moves = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))  # (9, 2)
-    every = torch.arange(len(at))
-
-    for step in (0.5, 0.25, 0.125, 0.0625, 0.03125):
-        turns = len(SHAPES) if step == 0.5 else 1
-        for s in there.any(0).nonzero()[:, 0].tolist():
-            # candidates (F, turns * 9, S, ...), which differ in sprite s alone
-            tried_at = at[:, None].repeat(1, turns * len(moves), 1, 1)
-            tried_at[:, :, s] += step * moves.repeat(turns, 1)
-            tried_shape = shape[:, None].repeat(1, turns * len(moves), 1)
-            tried_shape[:, :, s] += torch.arange(turns).repeat_interleave(len(moves))
-            tried_shape %= len(SHAPES)
-
-            tried_colour = colour[:, None].expand_as(tried_shape)
-            shown = there[:, None].float()
-            drawn = paint(tried_at, tried_shape, tried_colour, size, wall, shown)
-            best = (drawn - picture[:, None]).square().sum((2, 3, 4)).argmin(1)
-            at = tried_at[every, best]
-            shape = tried_shape[every, best]
-
-    drawn = paint(at, shape, colour, size, wall, there.float())
-    return at, shape, (drawn - picture).square().sum((1, 2, 3))
-
-
-def visible_share(at, shape, there, size, wall):
-    """Share of each sprite that neither the wall nor the sprites in front hide: (F, S).
-
-    0 for those that are not there.
-    """
-    cover = coverage(at, shape, size, radius_of(size, wall)) * there[..., None, None]
-    free = F.pad((1 - cover).cumprod(1), (0, 0, 0, 0, 1, -1), value=1.0)
-    if wall:
-        free = free * ~wall_columns(size)
-    return (cover * free).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
-
-
-def judge(at, shape, colour, clear, named, wall, size):
-    """Temporal and Text of one video, T pairs, from its fitted sprites.
-
-    at (T, S, 2), shape, colour and clear (T, S); named {colour: shape}.
-    """
-    scores = []
-    tracks = {}  # per colour its last two sightings, (frame, position) each
-    for t in range(len(at)):
-        # sprites in this frame, {colour: s}; of two of one colour the front one
-        there = {int(colour[t, s]): s for s in reversed(range(len(at[t]))) if clear[t, s] > SEEN}
-        sharp = {c: s for c, s in there.items() if clear[t, s] > CLEAR}
-        due = {c: forecast(track, t, size, wall) for c, track in tracks.items()}
-        in_sight = at[t, list(there.values())]
-
-        hidden = set()
-        for c in named:
-            if c not in there and c in due and may_be_hidden(due[c], in_sight, size, wall):
-                hidden.add(c)
-        missing = len(set(named) - hidden - set(there))
-
-        straight = [straightness(at[t, s], *due[c], size) for c, s in sharp.items() if c in due]
-        if t > 1:
-            straight += [0.0] * missing
-        temporal = torch.tensor(straight, dtype=torch.float64).nanmean().item()
-
-        text = np.nan
-        if there or missing:
-            right = 0.0
-            for c, named_shape in named.items():
-                if c not in there:
-                    continue
-                s = there[c]
-                is_right = shape[t, s] == named_shape or clear[t, s] < SHAPE_CLEAR
-                right += 1.0 if is_right else 0.5
-            text = right / max(1, len(named) - len(hidden), len(there))
-
-        scores.append((100 * temporal, 100 * text))
-        for c, s in sharp.items():
-            tracks[c] = (*tracks.get(c, ())[-1:], (t, at[t, s]))
-    return scores
-
-
-def forecast(track, t, size, wall):
-    """Where a sprite of two sightings is due at frame t, and its velocity: (3, 2) each, per axis.
-
-    Three cases: it went straight, or just bounced off the low or the high edge. inf where no valid
-    sprite is that fast; nan without two sightings in a row.
-    """
-    if len(track) < 2 or track[1][0] - track[0][0] != 1:
-        return np.full((2, 3, 2), np.nan)
-    (_, p0), (t1, p1) = track
-    low = radius_of(size, wall)
-    high = size - low
-
-    # a bounce mirrors the earlier position at the edge
-    velocity = np.stack([p1 - p0, p1 + p0 - 2 * low, p1 + p0 - 2 * high])
-    at = reflect(p1 + velocity * (t - t1), low, high)
-    return np.where(np.abs(velocity) > 1.2 * SPEED[1] * size, np.inf, at), velocity
-
-
-def straightness(at, due, velocity, size):
-    """1 where a sprite is where it was due at a valid speed, 0 far from it; nan if none was due."""
-    off = np.abs(at - due)
-    best = off.argmin(0)
-    speed = np.linalg.norm(velocity[best, [0, 1]])
-
-    wrong_place = np.linalg.norm(off.min(0)) / (0.06 * size)
-    wrong_speed = max(0, SPEED[0] * size - speed, speed - SPEED[1] * size) / (0.02 * size)
-    return np.exp(-(wrong_place**2) - wrong_speed**2)
-
-
-def may_be_hidden(due, in_sight, size, wall):
-    """Whether a sprite that is due may be overlooked behind the wall or behind one in sight.
-
-    due: a `forecast`, whose straight case counts; in_sight (n, 2). False where nothing was due.
-    """
-    at = due[0][0]
-    radius = radius_of(size, wall)
-    if wall and abs(at[0] - size / 2) < WALL_HALF * size + 0.3 * radius:
-        return True
-    return bool((np.linalg.norm(in_sight - at, axis=-1) < 0.7 * radius).any())
+# Folders of videos and of latents.
 
 
 class Folder:
-    """Random clips of T frames from files; every file once in each round of len(files) indices.
+    """Random clips of T frames from files; every file once in each epoch of len(files) indices.
 
     A subclass calls `keep` with the lengths of its files and defines load(number, start), the item
     of file `number` from frame `start` on.
     """
 
     def __getitem__(self, index):
-        round_, place = divmod(index, len(self.files))
-        order = np.random.default_rng([self.seed, round_]).permutation(len(self.files))
+        epoch, place = divmod(index, len(self.files))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.files))
 
         # a file that turns out to be bad is replaced by the next
         for number in map(int, np.roll(order, -place)):
             if self.broken[number]:
                 continue
-            rng = np.random.default_rng([self.seed, round_, place, 1])
+            rng = np.random.default_rng([self.seed, epoch, place, 1])
             start = int(rng.integers(self.lengths[number] - self.frames + 1))
             try:
                 return self.load(number, start)
             except READ_ERRORS as error:
                 self.broken[number] = True
-                print(skipped(self.files[number], error))
+                print(skipped(self.files[number], error), file=sys.stderr)
         raise ValueError("none of the files can be read any more")
 
     def keep(self, folder, lengths, unreadable):
@@ -634,8 +367,8 @@ class Videos(Folder):
     """Clips from a folder of videos, with an optional caption in name.txt beside name.mp4.
 
     `workers` threads open each file once to list the folder. An item decodes only its own frames,
-    from the keyframe before them. Resized frames are kept, up to `memory` bytes a process: a small
-    folder is soon decoded for good, a large one is not held.
+    from the keyframe before them. Resized frames are cached, up to `memory` bytes a process:
+    small folders are decoded once; large ones are not cached.
     A file that cannot be read is named once in a warning and skipped; clips too short are counted
     and skipped. Raises ValueError if none is left.
     """
@@ -652,7 +385,7 @@ class Videos(Folder):
         self.kept = {}  # per file its pictures (length, height, width, 3) and which are known
 
         files = list_files(folder, "videos")
-        found = look_at_videos(files, workers)  # {path: (header, caption)}
+        found = read_headers(files, workers)  # {path: (header, caption)}
         lengths = {path: header.length(fps, stride) for path, (header, _) in found.items()}
         self.keep(folder, lengths, unreadable=len(files) - len(found))
         self.headers = [found[path][0] for path in self.files]
@@ -681,7 +414,7 @@ class Videos(Folder):
         return to_float(pictures[clip]), c
 
     def has_room(self, number):
-        """Whether the frames of a file are kept; reserve their memory at the first call."""
+        """Whether the frames of a file are cached; reserve their memory at the first call."""
         if number not in self.kept:
             shape = (self.lengths[number], *sides(self.size), 3)
             used = sum(pictures.nbytes for pictures, _ in self.kept.values())
@@ -776,6 +509,281 @@ def open_data(args, split="train"):
     return Videos(args.data, args.size, args.frames, args.fps, args.stride, args.seed)
 
 
+# Metrics of the sprites. They invert `paint`: fit sprites to each frame, then follow them.
+
+SEEN = 0.15  # a sprite counts as there if more of it than this is visible
+CLEAR = 0.5  # its position is trusted if more of it than this is visible
+SHAPE_CLEAR = 0.6  # its shape is judged only if at least this much is visible
+
+
+def measure(video, captions, wall=False):
+    """Score videos of sprites: (B, T, 3, size, size) in [-1, 1], B captions -> (B, T, 3) in 0..100.
+
+    Visual: distance to the nearest valid picture, 100 (1 - distance / that of an empty picture).
+    Temporal: does each sprite go straight, with valid bounces and speed? 100 exp(-(its distance
+    from the prediction / 6 % of the canvas)^2), less for an invalid speed; 0 for a missing sprite;
+    a hidden one does not count; nan where nothing is predicted, as in the first two frames.
+    Text: share of the named sprites that are there and of those there that are named; half for the
+    wrong shape; nan where no sprite is visible or predicted.
+    """
+    B, T, _, size, _ = video.shape
+    named = [parse_caption(caption) for caption in captions]
+    S = max([1, *map(len, named)]) + 1  # one more than named, to find a sprite too many
+
+    frames = video.float().flatten(0, 1).cpu()
+    fits = [fit_sprites(part, S, wall) for part in frames.split(512)]
+    *sprites, error = (torch.cat(z).unflatten(0, (B, T)) for z in zip(*fits))
+    visual = 100 * (1 - error.sqrt()).clamp(min=0)
+
+    arrays = [z.numpy() for z in sprites]  # at, shape, colour, clear
+    judged = [judge(*fitted, wall, size) for fitted in zip(*arrays, named)]
+    judged = torch.tensor(np.array(judged), dtype=torch.float32)  # (B, T, 2)
+    return torch.cat([visual[..., None], judged], dim=-1)
+
+
+def parse_caption(caption):
+    """The sprites that a caption names, as {colour: shape} by index."""
+    pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption.lower())
+    return {list(COLOURS).index(colour): list(SHAPES).index(shape) for colour, shape in pairs}
+
+
+def fit_sprites(picture, S, wall):
+    """Fit up to S sprites to each picture (F, 3, size, size): an approximate inverse of `paint`.
+
+    Greedy matching, then a descent on the positions for both orders of the two largest sprites.
+    Returns at (F, S, 2); shape and colour (F, S); clear (F, S): visible share of the sprite, 0 if
+    it is not there; error (F,): squared distance, 1 for an empty picture where S - 1 sprites are.
+    """
+    size = picture.shape[-1]
+    radius = radius_of(size, wall)
+    at, shape, colour, there = match_sprites(picture, S, wall)
+    at, shape, error = descend(picture, at, shape, colour, there, wall)
+
+    # where two sprites overlap, the one in front may have been found second
+    swap = [1, 0, *range(2, S)]
+    close = (at[:, 0] - at[:, 1]).abs().amax(1) < 2.2 * radius
+    near = (there[:, :2].all(1) & close).nonzero()[:, 0]
+    at2, shape2, error2 = descend(
+        picture[near],
+        at[near][:, swap],
+        shape[near][:, swap],
+        colour[near][:, swap],
+        there[near][:, swap],
+        wall,
+    )
+
+    better = error2 < error[near]
+    near = near[better]
+    at[near] = at2[better]
+    shape[near] = shape2[better]
+    error[near] = error2[better]
+    colour[near] = colour[near][:, swap]
+    there[near] = there[near][:, swap]
+
+    clear = visible_share(at, shape, there, size, wall)
+    full = colour_energy().mean() * templates(size, wall).square().sum((1, 2, 3)).mean() * (S - 1)
+    error = error / full
+    if not wall:  # without a wall an empty picture is never right
+        error = torch.where(there.any(1), error, error.clamp(min=1))
+    return at, shape, colour, clear, error
+
+
+def colour_energy():
+    """Squared distance of each colour to the background: (colours,)."""
+    return (PALETTE - BACKGROUND).square().sum(-1)
+
+
+def templates(size, wall):
+    """Coverage of each shape in a small window around its centre: (shapes, 1, window, window)."""
+    radius = radius_of(size, wall)
+    half = int(radius * 1.3) + 2
+    centre = torch.full((len(SHAPES), 2), half + 0.5)
+    return coverage(centre, torch.arange(len(SHAPES)), 2 * half + 1, radius)[:, None]
+
+
+def match_sprites(picture, S, wall):
+    """Find up to S sprites in each picture (F, 3, size, size) greedily, the clearest first.
+
+    Every colour, shape and pixel is a candidate; a colour is used once. Returns at (F, S, 2), shape
+    and colour (F, S), there (F, S) bool.
+    """
+    F_, size = len(picture), picture.shape[-1]
+    radius = radius_of(size, wall)
+    energy = colour_energy()
+    kernel = templates(size, wall)
+    inside = (torch.arange(size) + 0.5 - size / 2).abs() <= size / 2 - radius + 0.5
+    inside = inside & inside[:, None]
+
+    # squared distance of each pixel to each colour, 1 for the background: (F, colours, size, size)
+    unlike = (picture[:, None] - PALETTE[..., None, None]).square().sum(2)
+    unlike = unlike / energy[:, None, None]
+
+    # share of each pixel that no sprite found so far and no wall hides: (F, 1, size, size)
+    free = ~wall_columns(size) if wall else torch.ones(size)
+    free = free.expand(F_, 1, size, -1).float()
+    taken = torch.zeros(F_, len(PALETTE), dtype=torch.bool)
+
+    found = []
+    for s in range(S):
+        # each pixel votes for a colour by 1, minus its distance to it
+        penalty = 3 if s == 0 else 2
+        votes = (free * (1 - penalty * unlike)).flatten(0, 1)[:, None]
+        votes = F.conv2d(votes, kernel, padding="same").unflatten(0, unlike.shape[:2])
+        votes = votes * energy[:, None, None, None]  # (F, colours, shapes, size, size)
+        votes = votes.masked_fill(~inside | taken[..., None, None, None], -torch.inf)
+
+        best = votes.flatten(1).argmax(1)
+        colour, shape, row, column = torch.unravel_index(best, votes.shape[1:])
+        at = torch.stack([column, row], -1) + 0.5
+
+        # it is there if its score exceeds a quarter of its visible area
+        alpha = coverage(at, shape, size, radius)[:, None]
+        seen = (alpha * free).sum((1, 2, 3))
+        score = votes.flatten(1).gather(1, best[:, None])[:, 0] / energy[colour]
+        there = (score > 0.25 * seen) & (seen > 0.05 * alpha.sum((1, 2, 3)))
+
+        found.append((at, shape, colour, there))
+        taken[torch.arange(F_), colour] = True
+        free = free * (1 - alpha * there[:, None, None, None])
+    return [torch.stack(z, 1) for z in zip(*found)]
+
+
+def descend(picture, at, shape, colour, there, wall):
+    """Move each sprite to the best of its neighbour positions, by ever smaller steps.
+
+    The first step tries every shape too. Returns new (at, shape) and the squared error (F,).
+    """
+    size = picture.shape[-1]
+    moves = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))  # (9, 2)
+    every = torch.arange(len(at))
+
+    for step in (0.5, 0.25, 0.125, 0.0625, 0.03125):
+        turns = len(SHAPES) if step == 0.5 else 1
+        for s in there.any(0).nonzero()[:, 0].tolist():
+            # candidates (F, turns * 9, S, ...), which differ in sprite s alone
+            tried_at = at[:, None].repeat(1, turns * len(moves), 1, 1)
+            tried_at[:, :, s] += step * moves.repeat(turns, 1)
+            tried_shape = shape[:, None].repeat(1, turns * len(moves), 1)
+            tried_shape[:, :, s] += torch.arange(turns).repeat_interleave(len(moves))
+            tried_shape %= len(SHAPES)
+
+            tried_colour = colour[:, None].expand_as(tried_shape)
+            shown = there[:, None].float()
+            drawn = paint(tried_at, tried_shape, tried_colour, size, wall, shown)
+            best = (drawn - picture[:, None]).square().sum((2, 3, 4)).argmin(1)
+            at = tried_at[every, best]
+            shape = tried_shape[every, best]
+
+    drawn = paint(at, shape, colour, size, wall, there.float())
+    return at, shape, (drawn - picture).square().sum((1, 2, 3))
+
+
+def visible_share(at, shape, there, size, wall):
+    """Share of each sprite that neither the wall nor the sprites in front hide: (F, S).
+
+    0 for those that are not there.
+    """
+    cover = coverage(at, shape, size, radius_of(size, wall)) * there[..., None, None]
+    left = (1 - cover).cumprod(1)  # behind sprite s
+    free = torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], dim=1)
+    if wall:
+        free = free * ~wall_columns(size)
+    return (cover * free).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
+
+
+def judge(at, shape, colour, clear, named, wall, size):
+    """Temporal and Text of one video, T pairs, from its fitted sprites.
+
+    at (T, S, 2), shape, colour and clear (T, S); named {colour: shape}.
+    """
+    scores = []
+    tracks = {}  # per colour its last two detections, (frame, position) each
+    for t in range(len(at)):
+        # sprites in this frame, {colour: s}; of two of one colour the front one
+        there = {int(colour[t, s]): s for s in reversed(range(len(at[t]))) if clear[t, s] > SEEN}
+        sharp = {c: s for c, s in there.items() if clear[t, s] > CLEAR}
+        predicted = {c: forecast(track, t, size, wall) for c, track in tracks.items()}
+        visible = at[t, list(there.values())]
+
+        hidden = set()
+        for c in named:
+            if c in predicted and c not in there:
+                if may_be_hidden(predicted[c], visible, size, wall):
+                    hidden.add(c)
+        missing = len(set(named) - hidden - set(there))
+
+        temporal = judge_temporal(at[t], sharp, predicted, missing if t > 1 else 0, size)
+        text = np.nan
+        if there or missing:
+            text = judge_text(shape[t], clear[t], there, named, hidden)
+        scores.append((100 * temporal, 100 * text))
+
+        for c, s in sharp.items():
+            tracks[c] = (*tracks.get(c, ())[-1:], (t, at[t, s]))
+    return scores
+
+
+def judge_temporal(at, sharp, predicted, missing, size):
+    """Mean straightness of the clear sprites {colour: s}, and 0 for each missing one; maybe nan."""
+    straight = [
+        straightness(at[s], *predicted[c], size) for c, s in sharp.items() if c in predicted
+    ]
+    straight += [0.0] * missing
+    return torch.tensor(straight, dtype=torch.float64).nanmean().item()
+
+
+def judge_text(shape, clear, there, named, hidden):
+    """Share of the named sprites that are detected, and of those detected that are named."""
+    right = 0.0
+    for c, named_shape in named.items():
+        if c in there:
+            s = there[c]
+            is_right = shape[s] == named_shape or clear[s] < SHAPE_CLEAR
+            right += 1.0 if is_right else 0.5
+    return right / max(1, len(named) - len(hidden), len(there))
+
+
+def forecast(track, t, size, wall):
+    """Predict position and velocity at frame t from two detections: (3, 2) each, per axis.
+
+    Three cases: it went straight, or just bounced off the low or the high edge. inf where no valid
+    sprite is that fast; nan without two detections in a row.
+    """
+    if len(track) < 2 or track[1][0] - track[0][0] != 1:
+        return np.full((2, 3, 2), np.nan)
+    (_, p0), (t1, p1) = track
+    low = radius_of(size, wall)
+    high = size - low
+
+    # a bounce mirrors the earlier position at the edge
+    velocity = np.stack([p1 - p0, p1 + p0 - 2 * low, p1 + p0 - 2 * high])
+    at = reflect(p1 + velocity * (t - t1), low, high)
+    return np.where(np.abs(velocity) > 1.2 * SPEED[1] * size, np.inf, at), velocity
+
+
+def straightness(at, predicted, velocity, size):
+    """1 for a sprite at its predicted position and at a valid speed, 0 far off; nan without one."""
+    off = np.abs(at - predicted)
+    best = off.argmin(0)
+    speed = np.linalg.norm(velocity[best, [0, 1]])
+
+    wrong_place = np.linalg.norm(off.min(0)) / (0.06 * size)
+    wrong_speed = max(0, SPEED[0] * size - speed, speed - SPEED[1] * size) / (0.02 * size)
+    return np.exp(-(wrong_place**2) - wrong_speed**2)
+
+
+def may_be_hidden(predicted, visible, size, wall):
+    """Whether the wall or a visible sprite may hide one at its predicted position.
+
+    predicted: a `forecast`, whose straight case counts; visible (n, 2). False where it is nan.
+    """
+    at = predicted[0][0]
+    radius = radius_of(size, wall)
+    if wall and abs(at[0] - size / 2) < WALL_HALF * size + 0.3 * radius:
+        return True
+    return bool((np.linalg.norm(visible - at, axis=-1) < 0.7 * radius).any())
+
+
 # ---- machinery: reading and writing files, listing folders, Wan's VAE and text, encode ----
 
 READ_ERRORS = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
@@ -794,8 +802,8 @@ def read_frames(path, size, fps=0.0, stride=1, start=0, header=None):
     """Decode a file lazily: frames (height, width, 3) uint8, scaled to cover `size` and cropped.
 
     size: (height, width), or one number for a square. fps: resample to this rate, 0 keeps the
-    file's own. stride: keep every stride-th frame. start: skip so many of the frames that would
-    come; by seeking if the file's `header` is given.
+    file's own. stride: keep every stride-th frame. start: number of output frames to skip;
+    by seeking if the file's `header` is given.
     Raises ValueError if nothing can be read. What comes before a damaged part is returned.
     """
     wanted = start * stride
@@ -804,7 +812,7 @@ def read_frames(path, size, fps=0.0, stride=1, start=0, header=None):
     try:
         with open_video(path) as container:
             for number, frame in numbered_frames(container, fps, wanted, header):
-                # the frame before is shown until this one is due
+                # the frame before is shown until the time of this one
                 while shown is not None and wanted < number:
                     error = None
                     yield resize(shown, size)
@@ -852,7 +860,7 @@ def numbered_frames(container, fps, wanted, header):
         packets = packets_before(container, header.latest_pts(wanted, fps))
 
     duration = 1 / (stream.guessed_rate * stream.time_base)  # of a frame, in units of pts
-    rate = per_pts(fps, stream.time_base)
+    rate = frames_per_pts(fps, stream.time_base)
     frames = (frame for packet in packets for frame in packet.decode())
     end = 0
     for count, frame in enumerate(frames):
@@ -900,7 +908,7 @@ def number_at(pts, rate):
     return (2 * pts * rate.numerator + rate.denominator) // (2 * rate.denominator)
 
 
-def per_pts(fps, time_base):
+def frames_per_pts(fps, time_base):
     """Frames per second to frames per unit of pts, as a Fraction."""
     return Fraction(fps).limit_denominator(10_000) * time_base
 
@@ -926,7 +934,7 @@ class Header:
         """Number of frames that `read_frames` returns."""
         frames = self.frames
         if fps:
-            rate = per_pts(fps, self.time_base)
+            rate = frames_per_pts(fps, self.time_base)
             first = self.first or 0
             end = first + self.seconds / self.time_base
             frames = number_at(end, rate) - number_at(first, rate)
@@ -945,14 +953,14 @@ class Header:
         end = number + Fraction(1, 2)
         if not fps:
             return self.first + math.ceil(end / self.per_pts) - 1
-        rate = per_pts(fps, self.time_base)
+        rate = frames_per_pts(fps, self.time_base)
         return math.ceil((number_at(self.first, rate) + end) / rate) - 1
 
 
 def read_header(path):
     """Read a file's `Header` and decode its first frame. Raises ValueError or av.FFmpegError.
 
-    Where the header tells no number of frames or no constant rate, all packets are read too, but
+    Where the header gives no number of frames or no constant rate, all packets are read too, but
     not decoded.
     """
     with open_video(path) as container:
@@ -982,13 +990,13 @@ def read_header(path):
 
 
 def has_constant_rate(stream):
-    """Whether the header tells the number of frames, and they are evenly spaced."""
+    """Whether the header gives the number of frames, and they are evenly spaced."""
     if not (stream.frames and stream.duration and stream.average_rate == stream.base_rate):
         return False
     return stream.frames == number_at(stream.duration, stream.average_rate * stream.time_base)
 
 
-def look_at_videos(files, workers=None):
+def read_headers(files, workers=None):
     """Read headers and captions in threads: {path: (Header, caption)} of the readable files.
 
     The others are named in a warning.
@@ -1007,7 +1015,7 @@ def look_at_videos(files, workers=None):
     found = {}
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         results = tqdm(
-            pool.map(look, files), "looking at videos", len(files), leave=False, disable=None
+            pool.map(look, files), "reading headers", len(files), leave=False, disable=None
         )
         for path, result in zip(files, results):
             if isinstance(result, Exception):
@@ -1018,7 +1026,7 @@ def look_at_videos(files, workers=None):
 
 
 def unreadable(path, error):
-    """A ValueError that says why a file is no video."""
+    """A ValueError that says why a file cannot be read as a video."""
     reason = getattr(error, "strerror", None) or one_line(error)
     return ValueError(
         f"{path} cannot be read as a video ({reason}); what ffmpeg reads would work: "
@@ -1075,55 +1083,81 @@ def enlarge(frames, height=128):
 
 
 @contextmanager
+def replacing(path):
+    """Yield a hidden file to write, which is renamed to `path` when complete.
+
+    Its name holds the process id, so that two processes do not share it. Raises ValueError for an
+    OSError, for instance on a full disk; then the hidden file is removed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or one_line(error)}") from None
+
+
+def write_picture(path, picture):
+    """Write a picture (height, width, 3) uint8 as .png or .jpg.
+
+    Raises ValueError if the file cannot be written.
+    """
+    encoded = encode_picture(picture, Path(path).suffix)
+    with replacing(path) as part:
+        part.write_bytes(encoded)
+
+
+def encode_picture(picture, ending, **options):
+    """Encode a picture, or several as a .gif, in memory: a full disk breaks imageio's writer."""
+    buffer = io.BytesIO()
+    iio.imwrite(buffer, picture, extension=ending.lower(), plugin="pillow", **options)
+    return buffer.getvalue()
+
+
+@contextmanager
 def writer(path, fps=8.0):
     """Write a video: `with writer("out.mp4", 8) as write: write(frames)`.
 
     `write` appends frames (T, 3, height, width) in [-1, 1], enlarged if they are small, or pictures
     (T, height, width, 3) uint8. An .mp4 grows frame by frame; a .gif is encoded at the end, since
-    its frames share their colours. The file gets its name when it is complete. Raises ValueError
+    its frames share their colours. The file is renamed into place when complete. Raises ValueError
     for other endings and if the file cannot be written.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
+    ending = Path(path).suffix.lower()
     if ending not in (".mp4", ".gif"):
         raise ValueError(f"{path}: videos are written as .mp4 or .gif")
-    part = path.with_name("." + path.name)
-    check_writable(path, part)
 
-    try:
+    with replacing(path) as part:
         if ending == ".gif":
             pictures = []
-            yield lambda video: pictures.extend(as_pictures(video))
-            iio.imwrite(
-                part,
-                np.stack(pictures),
-                extension=".gif",
-                plugin="pillow",
-                duration=1000 / fps,
-                loop=0,
-            )
+
+            def write(video):
+                pictures.extend(as_pictures(video))
+
+            yield write
+            duration = 1000 / fps  # of a frame, in ms
+            part.write_bytes(encode_picture(np.stack(pictures), ending, duration=duration, loop=0))
         else:
             with av.open(str(part), "w", format="mp4") as container:
                 encoder = Encoder(container, fps)
-                yield lambda video: encoder.write(as_pictures(video))
+
+                def write(video):
+                    encoder.write(as_pictures(video))
+
+                yield write
                 encoder.finish()
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def check_writable(path, part):
-    """Create the folder and the unfinished file. Raises ValueError if that is impossible."""
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
 def as_pictures(video):
+    """Frames (T, 3, height, width) in [-1, 1] as enlarged pictures; pictures as they are."""
     return enlarge(to_bytes(video)) if torch.is_tensor(video) else video
 
 
@@ -1139,7 +1173,9 @@ class Encoder:
 
     def write(self, pictures):
         for picture in pictures:
-            height, width = (side // 2 * 2 for side in picture.shape[:2])  # H.264 has even sides
+            height, width = (
+                side // 2 * 2 for side in picture.shape[:2]
+            )  # yuv420p needs even sides
             picture = np.ascontiguousarray(picture[:height, :width])
             if self.count == 0:
                 self.stream.height, self.stream.width = height, width
@@ -1158,9 +1194,9 @@ class Encoder:
 
 
 def holds_latents(folder):
-    """Whether a folder is one of latents; if it holds videos too, print what is read.
+    """Whether to read a folder as latents; if it holds videos too, warn which are read.
 
-    It is if one of its .npz files holds `latents`, or if it holds nothing else.
+    True if a .npz file holds `latents`, or if it has .npz files and no videos.
     """
     videos = find_files(folder, "videos")
     arrays = find_files(folder, "latents")
@@ -1179,6 +1215,7 @@ def holds_latents(folder):
 
 
 def has_latents(path):
+    """Whether a .npz file can be opened and holds `latents`."""
     try:
         with zipfile.ZipFile(path) as archive:
             return "latents.npy" in archive.namelist()
@@ -1195,10 +1232,14 @@ def latent_shapes(path):
     try:
         with zipfile.ZipFile(path) as archive:
             for key in archive.namelist():
+                name = key.removesuffix(".npy")
                 with archive.open(key) as file:
                     np.lib.format.read_magic(file)
-                    shape, _, _ = np.lib.format.read_array_header_1_0(file)
-                    found[key.removesuffix(".npy")] = shape
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                    end = file.tell() + math.prod(shape) * dtype.itemsize
+                if name in ("latents", "text") and end != archive.getinfo(key).file_size:
+                    raise ValueError(f"`{name}` is not as long as its header gives")
+                found[name] = shape
     except READ_ERRORS as error:
         raise ValueError(f"{path} is not a readable .npz file ({one_line(error)})") from None
 
@@ -1225,7 +1266,7 @@ def list_files(folder, kind):
 
 
 def find_files(folder, kind):
-    """As `list_files`, but maybe empty."""
+    """Like `list_files`, but returns [] if there are none."""
     if not Path(folder).is_dir():
         raise ValueError(
             f"{folder} is not a folder; wanted one of videos or of latents (.npz), "
@@ -1245,7 +1286,10 @@ def find_files(folder, kind):
 
         for name in sorted(names):
             real = os.path.realpath(os.path.join(root, name))
-            if name[0] != "." and real not in visited and is_kind(name, kind):
+            if name[0] == "." or real in visited or not is_kind(name, kind):
+                continue
+            # a pipe would block; a dangling link is kept, to be named when it is read
+            if os.path.isfile(real) or not os.path.exists(real):
                 visited.add(real)
                 found.append(Path(root, name))
     return sorted(found)
@@ -1278,12 +1322,13 @@ def one_line(error):
 
 
 def skipped(path, error):
+    """Format why a file is skipped, with its path once."""
     reason = one_line(error)
     return f"skipped: {reason if str(path) in reason else f'{path} ({reason})'}"
 
 
 def warn(message):
-    """Print a warning that every process would print, in the first process alone."""
+    """Print a warning on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}")
 
@@ -1315,6 +1360,7 @@ class Wan:
 
     def __init__(self, path, device="cpu"):
         try:
+            import diffusers
             import ftfy  # noqa: F401, the pipeline cleans prompts with it
             from diffusers import WanPipeline
         except ImportError as error:
@@ -1328,7 +1374,9 @@ class Wan:
             )
 
         types = {"text_encoder": torch.bfloat16, "default": torch.float32}
-        pipe = WanPipeline.from_pretrained(path, transformer=None, torch_dtype=types)
+        version = [int(part) for part in diffusers.__version__.split(".")[:2]]
+        key = "dtype" if version >= [0, 42] else "torch_dtype"
+        pipe = WanPipeline.from_pretrained(path, transformer=None, **{key: types})
         self.pipe = pipe.to(device)
         self.device = device
         config = self.pipe.vae.config
@@ -1380,17 +1428,18 @@ class Wan:
 def encode_video(wan, path, out, size, frames, fps):
     """Encode each clip of `frames` frames to out-NUMBER.npz: latents, and its caption's text.
 
-    Finished files are kept. Raises ValueError if the video is too short, or if a finished file is
-    of another size.
+    Finished files are kept, damaged ones are encoded anew. Raises ValueError if the video is too
+    short, or if a finished file is of another size.
     """
     caption = read_caption(path)
     reader = read_frames(path, size, fps)
     number = 0
-    while len(clip := list(islice(reader, frames))) == frames:
+    while True:
+        clip = list(islice(reader, frames))
+        if len(clip) < frames:
+            break
         target = out.with_name(f"{out.name}-{number:04d}.npz")
-        if target.exists():
-            check_finished(target, size, frames)
-        else:
+        if not is_finished(target, size, frames):
             latents = wan.encode(to_float(np.stack(clip))[None])
             text = wan.text([caption])
             save_arrays(target, latents=latents[0].half().cpu(), text=text[0].half().cpu())
@@ -1399,34 +1448,48 @@ def encode_video(wan, path, out, size, frames, fps):
         raise ValueError(f"{path} has {len(clip)} frames; wanted at least --frames {frames}")
 
 
-def check_finished(path, size, frames):
-    """Raise ValueError if a file holds latents of other frames or of another size."""
-    (T, _, height, width), _ = latent_shapes(path)
+def is_finished(path, size, frames):
+    """Whether a file holds latents that can be read.
+
+    Raises ValueError if they are of other frames or of another size.
+    """
+    if not path.exists():
+        return False
+    try:
+        (T, _, height, width), _ = latent_shapes(path)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return False
+    except READ_ERRORS:
+        return False
     if (4 * T - 3, (8 * height, 8 * width)) != (frames, sides(size)):
         raise ValueError(
             f"{path} is there already, of another --frames or --size; "
             "wanted another folder for these"
         )
+    return True
 
 
 def save_arrays(path, **arrays):
-    """Write a .npz file that gets its name when it is complete."""
-    part = path.with_name(f".{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "wb") as file:
+    """Write a .npz file that is renamed into place when complete.
+
+    Raises ValueError if it cannot be written.
+    """
+    with replacing(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
-    part.replace(path)
 
 
 def encode_folder(args):
-    """Encode a folder of videos with `encode_video`.
+    """Encode a folder of videos with `encode_video`. Returns the exit status.
 
-    A second call goes on after a kill. Under torchrun the files are divided among the processes.
+    Run it again to continue after an interruption. Under torchrun the files are divided among the
+    processes.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     files = list_files(args.videos, "videos")[rank::world_size]
+    check_out(args.out)
     wan = Wan(args.wan, f"cuda:{local_rank}" if args.device == "cuda" else args.device)
 
     bad = 0
@@ -1437,8 +1500,20 @@ def encode_folder(args):
         except ValueError as error:
             bad += 1
             print(f"warning: {skipped(path, error)}")
-    if files and bad == len(files):
-        raise ValueError(f"none of the {bad} videos of {args.videos} could be encoded")
+    if bad == 0 or bad < len(files):
+        return 0
+    print(f"data.py: none of {bad} videos of {args.videos} could be encoded", file=sys.stderr)
+    return 2 if world_size == 1 else 0  # torchrun would end the other processes
+
+
+def check_out(folder):
+    """Create the folder of the latents. Raises ValueError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write to {folder}: permission denied")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1471,10 +1546,14 @@ def parse(argv):
         help="frames of a clip, 4 n - 3 for n latents (default 81)",
     )
     add("--fps", type=float, default=16.0, help="read videos at this rate (default 16)")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"]
     add(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to run, for instance cpu or cuda (default: cuda where there is one)",
+        choices=devices,
+        default=devices[-1],
+        help="where to run (default: cuda where there is one)",
     )
     return check(parser.parse_args(argv))
 
@@ -1500,20 +1579,20 @@ def check(args):
 def main(argv):
     """Run a command. Returns the exit status; a wrong input is one line on stderr.
 
-    Under torchrun only the first process prints, and the status is 0: torchrun answers any other
-    with a traceback.
+    Under torchrun only the first process prints that line, and the status after a wrong input or
+    Ctrl-C is 0: torchrun answers any other with a traceback.
     """
-    under_torchrun = "RANK" in os.environ
     try:
-        encode_folder(parse(argv))
-        return 0
+        return encode_folder(parse(argv))
     except (ValueError, OSError) as error:
-        message, status = one_line(error), 0 if under_torchrun else 2
+        message = one_line(error)
+        status = 2
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
+        message = "interrupted"
+        status = 130
     if os.environ.get("RANK", "0") == "0":
         print(f"data.py: {message}", file=sys.stderr)
-    return status
+    return 0 if "RANK" in os.environ else status
 
 
 if __name__ == "__main__":

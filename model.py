@@ -347,7 +347,7 @@ class CausalDiT(nn.Module):
         window: keep only the first `sink` and the last window - sink frames, of any number;
         `frames` is then ignored.
         """
-        if window is None:
+        if window is None or window >= frames:  # nothing will be evicted
             return Cache(self.config, batch, frames)
         return WindowCache(self.config, batch, window, sink)
 
@@ -549,16 +549,17 @@ def load_checkpoint(path):
     Raises ValueError if the checkpoint is missing, broken, or its weights do not fit its sizes.
     """
     state = read_checkpoint(path)
-    model = CausalDiT(Config(**state["config"]))
-    load_weights(model, state["ema"], path)
+    with torch.device("meta"):  # allocates nothing: the checkpoint's tensors become the weights
+        model = CausalDiT(Config(**state["config"]))
+    load_weights(model, state["ema"], path, assign=True)
     model.run = state["args"]
     return model.eval().requires_grad_(False)
 
 
-def load_weights(model, weights, path):
+def load_weights(model, weights, path, assign=False):
     """load_state_dict with a one-line ValueError that names the keys that do not fit."""
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=assign)
     except Exception as error:  # names all keys that are missing, unknown or of another shape
         wrong = " ".join(str(error).split())
         wrong = wrong[wrong.find(":") + 2 :]

@@ -18,17 +18,17 @@ model may be a chunk of T frames folded into its channels.
 import argparse
 import copy
 import json
+import math
 import os
 import re
 import sys
 import textwrap
 import time
 from collections import deque
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,15 +47,22 @@ from data import (
     measure,
     one_line,
     read_video,
+    replacing,
     round_up,
     split_words,
     to_bytes,
     to_float,
     unfold,
+    write_picture,
     writer,
 )
 from model import load_checkpoint
 from rf import Guided, rollout
+
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl; a folder is not locked there
+    fcntl = None
 
 
 def generate(
@@ -76,8 +83,8 @@ def generate(
     texts: [(first frame, c (B, L, text_dim))], in order of time. A new text begins a new rollout,
     whose history is every frame so far. given (B, M, C, height, width): M may be 0. window, sink:
     as in `model.cache`. null (1, L, text_dim): condition of guidance's unconditional branch (None:
-    zeros). The noise of a rollout is drawn at once, on the CPU: a seed names the same videos on
-    every device.
+    zeros); guidance is skipped where c is all zero, as its branches would be the same. The noise of
+    a rollout is drawn at once, on the CPU: a seed draws the same noise on every device.
     """
     noise = torch.Generator().manual_seed(seed)
     ends = [start for start, _ in texts[1:]] + [frames]
@@ -109,40 +116,45 @@ def write_videos(args, model):
     decode = wan.decoder() if wan else torch.Tensor.cpu
     rate = 16 if wan else model.run["rate"]
 
-    prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
+    prompts = []
+    for prompt in args.prompts or [""]:
+        prompts += [prompt] * args.samples
     texts = encode_texts(args, model, prompts, wan)
     given = read_given(args, model, wan).expand(len(prompts), -1, -1, -1, -1).to(args.device)
     settings = video_settings(args)
-    *files, sheet = choose_files(args, video_paths(args, prompts), settings)
 
     length = args.frames // chunk
     frames = generate(model, texts, given, length, null=null, **sampler_settings(args))
     shares = [deque(maxlen=args.steps) for _ in model.blocks]
     thumbnails, sampling, decoding = [], [], []
+    new = 0
 
-    with ExitStack() as stack:
-        outs = [stack.enter_context(writer(path, rate)) for path in files]
-        if args.routing:
-            stack.enter_context(record_routing(model, shares))
-        if given.shape[1]:
-            thumbnails.append(append_frames(outs, decode(unfold(given, chunk))))
+    with reserve_files(args, video_paths(args, prompts), settings) as paths:
+        files, sheet = paths[:-1], paths[-1]
+        with ExitStack() as stack:
+            outs = [stack.enter_context(writer(path, rate)) for path in files]
+            if args.routing:
+                stack.enter_context(record_routing(model, shares, len(prompts)))
+            if given.shape[1]:
+                thumbnails.append(append_frames(outs, decode(unfold(given, chunk))))
 
-        for _ in tqdm(range(length - given.shape[1]), "frames", dynamic_ncols=True):
-            begin = time.perf_counter()
-            with autocast(args.device):
-                frame = unfold(next(frames), chunk).cpu()  # (B, chunk, C, height, width)
-            sampled = time.perf_counter()
-            video = decode(frame)  # (B, T, 3, height, width)
-            decoded = time.perf_counter()
+            for _ in tqdm(range(length - given.shape[1]), "frames", dynamic_ncols=True):
+                begin = time.perf_counter()
+                with autocast(model, args.device):
+                    frame = unfold(next(frames), chunk).cpu()  # (B, chunk, C, height, width)
+                sampled = time.perf_counter()
+                video = decode(frame)  # (B, T, 3, height, width)
+                decoded = time.perf_counter()
 
-            thumbnails.append(append_frames(outs, video))
-            sampling.append(sampled - begin)
-            decoding.append(decoded - sampled)
+                thumbnails.append(append_frames(outs, video))
+                sampling.append(sampled - begin)
+                decoding.append(decoded - sampled)
+                new += video.shape[1]
 
-    iio.imwrite(sheet, contact_sheet(torch.cat(thumbnails, dim=1), 16, prompts))
-    record_settings([*files, sheet], settings)
+        record_settings(files, settings)
+        write_picture(sheet, contact_sheet(torch.cat(thumbnails, dim=1), 16, prompts))
+        record_settings([sheet], settings)
 
-    new = sum(clip.shape[1] for clip in thumbnails[-len(sampling) :])
     print_speed(args, f"{len(files)} x {new} new frames", len(files) * new, sampling, decoding)
     print_files(files, prompts, sheet)
     if args.routing:
@@ -213,6 +225,7 @@ def continue_video(model, video, c, frames, given=2, **settings):
 
 
 def main(argv):
+    """Generate videos, evaluate runs or print tables. Raises ValueError for flags that fail."""
     args = parse(argv)
     check_flags(args)
     if args.table:
@@ -250,6 +263,7 @@ WORLD_FLAGS = ("data", "size", "objects", "wall")
 POSITIVE_FLAGS = ("frames", "height", "width", "stride", "rate", "size", "objects")
 
 LARGEST = 10**12
+MAX_RATE = 1000  # frames per second
 MAX_VIDEOS = 256  # files that are written at once: each holds an encoder
 EVAL_BATCH = 16  # videos of --eval that are continued at once
 
@@ -358,144 +372,76 @@ def run_main(main, argv):
         stop("interrupted", 130)
 
 
+def path_type(text):
+    """An argparse type: a path; an empty one is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("got an empty name, wanted a file or a folder")
+    return Path(text)
+
+
+# fmt: off
 def parse(argv):
     """Parse the command line. Flags that depend on the run stay None, see `fill_unset`."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="text to show; without one, no text is given")
-    add(
-        "--checkpoint",
-        type=Path,
-        help="a run's folder, or its ckpt.pt (default: the latest under runs/)",
-    )
-    add(
-        "--out",
-        type=Path,
-        help="a folder, or one .mp4 or .gif file (default: samples/ in the run's folder)",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="let --out FILE replace a video made with other settings",
-    )
-    add(
-        "--frames",
-        type=positive_int,
-        help="length, given frames included (default: twice the training clips)",
-    )
-    add(
-        "--steps",
-        type=bounded_int(1, 10_000),
-        help="Euler steps per frame, Eq. (2) (default: 4 for pixels, 32 for latents)",
-    )
-    add(
-        "--time-shift",
-        type=positive_float,
-        default=5.0,
+    add("prompts", nargs="*", metavar="PROMPT",
+        help="text to show; without one, generate unconditionally")
+    add("--checkpoint", type=path_type,
+        help="a run's folder, or its ckpt.pt (default: the latest under runs/)")
+    add("--out", type=path_type,
+        help="a folder, or one .mp4 or .gif file (default: samples/ in the run's folder)")
+    add("--overwrite", action="store_true",
+        help="let --out FILE replace a video made with other settings")
+    add("--frames", type=positive_int,
+        help="length, given frames included (default: twice the training clips)")
+    add("--steps", type=bounded_int(1, 10_000),
+        help="Euler steps per frame, Eq. (2) (default: 4 for pixels, 32 for latents)")
+    add("--time-shift", type=positive_float, default=5.0,
         help="s of Eq. (7) for these steps: above 1, more of them at high noise "
-        "(default: %(default)s)",
-    )
-    add(
-        "--guidance",
-        type=nonnegative_float,
+        "(default: %(default)s)")
+    add("--guidance", type=nonnegative_float,
         help="classifier-free guidance: above 1, follow the prompt more closely; 1: off "
-        "(default: 2 for pixels, 5 for latents)",
-    )
-    add("--given", type=Path, help="a video, or a picture, to continue")
-    add(
-        "--given-frames",
-        type=positive_int,
-        help="take at most this many of its frames (default: all)",
-    )
-    add(
-        "--wan",
-        type=Path,
-        help="for a model of latents: a diffusers folder with Wan's VAE and text encoder",
-    )
-    add(
-        "--negative",
-        default=Wan.NEGATIVE,
-        help="with --wan: negative prompt of the guidance (default: Wan's own)",
-    )
-    add(
-        "--then",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("FRAME", "PROMPT"),
-        help="switch to PROMPT at FRAME; may be repeated",
-    )
-    add(
-        "--window",
-        type=nonnegative_int,
+        "(default: 2 for pixels, 5 for latents)")
+    add("--given", type=path_type,
+        help="a video, or a picture, to continue")
+    add("--given-frames", type=positive_int,
+        help="take at most this many of its frames (default: all)")
+    add("--wan", type=path_type,
+        help="for a model of latents: a diffusers folder with Wan's VAE and text encoder")
+    add("--negative", default=Wan.NEGATIVE,
+        help="with --wan: negative prompt of the guidance (default: Wan's own)")
+    add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
+        help="switch to PROMPT at FRAME; may be repeated")
+    add("--window", type=nonnegative_int,
         help="attend to at most this many past frames, so that time and memory per frame stay "
-        "flat (default: as in training; 0: all)",
-    )
-    add(
-        "--sink",
-        type=nonnegative_int,
-        default=0,
+        "flat (default: as in training; 0: all)")
+    add("--sink", type=nonnegative_int, default=0,
         help="of the window's frames, keep this many from the start of the video "
-        "(default: %(default)s)",
-    )
-    add(
-        "--samples",
-        type=positive_int,
-        default=1,
-        help="videos per prompt (default: %(default)s)",
-    )
-    add("--seed", type=seed_int, default=0, help="seed of the noise (default: %(default)s)")
-    add(
-        "--device",
-        choices=DEVICES,
-        default=default_device(),
-        help="where to run (default: %(default)s)",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile each block: faster after a minute of compiling",
-    )
-    add(
-        "--eval",
-        action="store_true",
-        help="continue held-out sprites and print their metrics, by thirds of the video",
-    )
-    add(
-        "--videos",
-        type=positive_int,
-        default=64,
-        help="number of held-out videos for --eval (default: %(default)s)",
-    )
-    add(
-        "--true-history",
-        action="store_true",
+        "(default: %(default)s)")
+    add("--samples", type=positive_int, default=1,
+        help="videos per prompt (default: %(default)s)")
+    add("--seed", type=seed_int, default=0,
+        help="seed of the noise (default: %(default)s)")
+    add("--device", choices=DEVICES, default=default_device(),
+        help="where to run (default: %(default)s)")
+    add("--compile", action="store_true",
+        help="torch.compile each block: faster after a minute of compiling")
+    add("--eval", action="store_true",
+        help="continue held-out sprites and print their metrics, by thirds of the video")
+    add("--videos", type=positive_int, default=64,
+        help="number of held-out videos for --eval (default: %(default)s)")
+    add("--true-history", action="store_true",
         help="with --eval or --table: predict each frame from the true past, so that errors do "
-        "not compound",
-    )
-    add(
-        "--compare",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="--eval of several runs on the same clips, with one picture of all",
-    )
-    add(
-        "--table",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="print what --eval saved; NAME-0, NAME-1 ... are seeds of NAME",
-    )
-    add(
-        "--routing",
-        action="store_true",
+        "not compound")
+    add("--compare", type=path_type, nargs="+", default=[], metavar="RUN",
+        help="--eval of several runs on the same clips, with one picture of all")
+    add("--table", type=path_type, nargs="+", default=[], metavar="RUN",
+        help="print what --eval saved; NAME-0, NAME-1 ... are seeds of NAME")
+    add("--routing", action="store_true",
         help="draw how often each history frame is picked, Fig. 8 (needs a model trained with "
-        "--top-k)",
-    )
+        "--top-k)")
     return parser.parse_args(argv)
+# fmt: on
 
 
 def check_flags(args):
@@ -506,6 +452,7 @@ def check_flags(args):
             "--eval and --compare continue held-out clips by caption; "
             "leave out prompts, --given, --then and --routing"
         )
+    refuse_ignored(args)
     if args.true_history and not (measured or args.table):
         raise ValueError("--true-history works with --eval, --compare or --table; add one of them")
     if args.given_frames and not args.given:
@@ -518,6 +465,22 @@ def check_flags(args):
         )
 
 
+def refuse_ignored(args):
+    """Refuse flags that would have no effect. Raises ValueError."""
+    defaults = vars(parse([]))
+    changed = [name for name, value in vars(args).items() if value != defaults[name]]
+    if args.table:
+        others = [name for name in changed if name not in ("table", "true_history")]
+        if others:
+            raise ValueError(f"--table prints what --eval saved; leave out {', '.join(others)}")
+    if "videos" in changed and not (args.eval or args.compare):
+        raise ValueError(f"--videos {args.videos} works with --eval or --compare; add one of them")
+    if "negative" in changed and not args.wan:
+        raise ValueError("--negative works with --wan; add --wan PATH")
+    if args.overwrite and not (args.out and names_a_file(args.out)):
+        raise ValueError("--overwrite works with --out FILE, a .mp4 or .gif file; add one")
+
+
 def load_run(path):
     """Load a run's model and validate the flags that train.py saved with it. Raises ValueError."""
     model = load_checkpoint(path)
@@ -525,12 +488,15 @@ def load_run(path):
     wanted = RUN_FLAGS | (SPRITE_FLAGS if run.get("data") == "sprites" else {})
     for flag, kind in wanted.items():
         value = run.get(flag)
-        if not isinstance(value, kind) or (flag in POSITIVE_FLAGS and value <= 0):
+        valid = isinstance(value, kind) and (flag not in POSITIVE_FLAGS or value > 0)
+        if flag in ("rate", "fps"):
+            valid = valid and math.isfinite(value) and value <= MAX_RATE
+        if not valid:
             shown = textwrap.shorten(repr(value), 60)
-            raise ValueError(f"{path} is no run of train.py: {shown} is its flag {flag}")
+            raise ValueError(f"{path} was not saved by train.py: its flag {flag} is {shown}")
     if not valid_words(run.get("words")):
         shown = textwrap.shorten(repr(run.get("words")), 60)
-        raise ValueError(f"{path} is no run of train.py: {shown} is its vocabulary")
+        raise ValueError(f"{path} was not saved by train.py: its vocabulary is {shown}")
     return model
 
 
@@ -560,9 +526,8 @@ def fill_unset(args, run, model):
         args.steps = 4 if of_pixels else 32
     if args.guidance is None:
         args.guidance = 2.0 if of_pixels else 5.0
-    if args.window is None:  # no relative position is then new to the model
-        longest = trained // model.config.chunk - 1
-        args.window = min(longest, (model.config.window or trained) + 1)
+    if args.window is None:
+        args.window = rollout_window(model.config, trained) or 0
     return args
 
 
@@ -578,26 +543,56 @@ def check(args, model):
         )
     if measured and args.frames < 3 * chunk:
         raise ValueError(
-            f"--frames {args.frames}: two of {chunk} are given; {3 * chunk} can be measured"
+            f"--frames {args.frames}: the first two frames of {chunk} are given; "
+            f"{3 * chunk} or more would work"
         )
-    if args.window and args.sink >= args.window:
-        raise ValueError(
-            f"--sink {args.sink} leaves no room in --window {args.window}; "
-            f"--sink {args.window - 1} or less would work"
-        )
+    check_sink(args, model)
     if args.routing and not model.config.top_k:
         raise ValueError("--routing needs a model that routes: train one with --top-k 5")
     if not of_pixels and not args.wan and not measured:
-        raise ValueError("this model makes latents: --wan PATH names their VAE and text encoder")
+        raise ValueError(
+            "this model makes latents; pass --wan PATH, a folder with the VAE and text encoder"
+        )
     if of_pixels and args.wan:
         raise ValueError("--wan: this model makes pixels itself, and needs no VAE")
+    check_switches(args, chunk)
+    check_memory(args, model)
+
+
+def check_sink(args, model):
+    """Refuse a sink that would not be seen or fills the window. Raises ValueError."""
+    sink, window, trained = args.sink, args.window, model.config.window
+    if not sink:
+        return
+    if args.true_history:
+        raise ValueError(f"--sink {sink} has no effect with --true-history; leave out one of them")
+    if not window:
+        raise ValueError(f"--sink {sink} has no effect without a window; add --window {sink + 1}")
+    if sink >= window:
+        raise ValueError(
+            f"--sink {sink} leaves no room in --window {window}; "
+            f"--sink {window - 1} or less would work"
+        )
+    if trained and window > trained:
+        raise ValueError(
+            f"--sink {sink}: trained with --window {trained}, this model does not see the start of "
+            f"--window {window}; --window {trained} or less would work"
+        )
+
+
+def check_switches(args, chunk):
+    """Validate the frames of --then. Raises ValueError."""
+    seen = set()
     for at, _ in args.then:
-        if not at.isdecimal() or int(at) % chunk or not chunk <= int(at) < args.frames:
+        frame = int(at) if re.fullmatch(r"[0-9]{1,12}", at) else 0
+        if frame % chunk or not chunk <= frame < args.frames:
             raise ValueError(
-                f"--then {at}: wanted the number of a frame, from {chunk} up, below --frames "
+                f"--then {at[:20]}: wanted the number of a frame, from {chunk} up, below --frames "
                 f"{args.frames} and divisible by {chunk}"
             )
-    check_memory(args, model)
+        if frame in seen:
+            raise ValueError(f"--then {frame} is given twice; wanted one prompt for each frame")
+        seen.add(frame)
 
 
 def check_memory(args, model):
@@ -652,10 +647,10 @@ def sampler_settings(args):
     }
 
 
-def autocast(device):
-    """bf16 autocast on CUDA; elsewhere a context that does nothing."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+def autocast(model, device):
+    """bf16 autocast if the run was trained with --precision bf16, else a context without effect."""
+    enabled = model.run.get("precision") == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def latest_run():
@@ -669,9 +664,26 @@ def latest_run():
     return found[-1].parent
 
 
+def run_folder(path):
+    """Return the folder of a run, named by this folder or by its ckpt.pt."""
+    return path.parent if path.is_file() else path
+
+
 def samples_folder(run):
     """Return the samples/ of a run, named by its folder or its ckpt.pt."""
-    return (run if run.is_dir() else run.parent) / "samples"
+    return run_folder(run) / "samples"
+
+
+def rollout_window(config, frames):
+    """The default window of rollouts of a network trained on clips of `frames` single frames.
+
+    That of training, so that no relative position is new to the network. None for clips of one
+    frame of the model.
+    """
+    longest = frames // config.chunk - 1
+    if config.window:
+        longest = min(longest, config.window + 1)
+    return longest or None
 
 
 def evaluate(
@@ -691,13 +703,12 @@ def evaluate(
     frames: length of each video, the given ones included, in single frames. true_history: predict
     each frame from the true past; otherwise from the model's own. Returns (truth, made), both
     (videos, frames, 3, size, size) on the CPU, and `data.measure`'s scores (videos, frames, 3).
-    Raises ValueError for a model that was not trained on sprites.
+    Raises ValueError for a model that was not trained on sprites, or whose frames are not finite.
     """
     run = model.run
     if run["data"] != "sprites":
         raise ValueError(
-            "--eval needs a model of sprites, whose world is exactly known; "
-            f"this one learned {run['data']}"
+            f"--eval needs a model trained on sprites; this one was trained on {run['data']}"
         )
     test = Sprites(run["size"], frames, 0, "test", run["objects"], run["wall"], run["withheld"])
     device = next(model.parameters()).device
@@ -709,6 +720,8 @@ def evaluate(
         clips = [test[j] for j in range(i, min(i + EVAL_BATCH, videos))]
         truth, c = default_collate(clips)
         made = continue_truth(model, truth.to(device), c.to(device), seed=seed + i, **settings)
+        if not made.isfinite().all():
+            raise ValueError("the model's frames are not finite; its weights may be nan")
         truths.append(truth)
         rollouts.append(made)
 
@@ -746,21 +759,24 @@ def evaluate_runs(filled, models):
     """
     check_same_world(models)
     settings = comparison_settings(filled)
-    gif, png = choose_files(filled[-1], comparison_paths(filled[-1]), settings)
-
     rows = {}
-    for args, model, name in zip(filled, models, row_names(filled)):
-        options = sampler_settings(args) | {"true_history": args.true_history}
-        with autocast(args.device):
-            truth, made, scores = evaluate(model, args.frames, args.videos, **options)
-        rows["truth"] = truth[:4]
-        rows[name] = made[:4]
-        print_metrics(args, 2 * model.config.chunk, scores)
-        save_scores(scores_file(args.checkpoint, args.true_history), vars(args), scores)
+    with reserve_files(filled[-1], comparison_paths(filled[-1]), settings) as (gif, png):
+        for args, model, name in zip(filled, models, row_names(filled)):
+            options = sampler_settings(args) | {"true_history": args.true_history}
+            with autocast(model, args.device):
+                truth, made, scores = evaluate(model, args.frames, args.videos, **options)
+            rows["truth"] = truth[:4]
+            rows[name] = made[:4]
+            print_metrics(args, 2 * model.config.chunk, scores)
+            try:
+                path = scores_file(args.checkpoint, args.true_history)
+                save_scores(path, vars(args), scores)
+            except ValueError as error:  # the other runs are still evaluated
+                print(f"warning: {error}")
 
-    write_comparison(gif, rows, models[-1].run["rate"])
-    record_settings([gif, png], settings)
-    print(f"the first {len(rows['truth'])} of them: {gif} and {png}")
+        write_comparison(gif, rows, models[-1].run["rate"])
+        record_settings([gif, png], settings)
+    print(f"pictures of the first {len(rows['truth'])} videos: {gif} and {png}")
 
 
 def check_same_world(models):
@@ -768,13 +784,13 @@ def check_same_world(models):
     worlds = {str([model.run.get(flag) for flag in WORLD_FLAGS]) for model in models}
     if len(worlds) > 1:
         raise ValueError(
-            "--compare: these runs learned different worlds; "
+            "--compare: these runs were trained on different sprites; "
             "wanted one --data, --size, --objects and --wall"
         )
 
 
 def comparison_settings(filled):
-    """Everything that decides the pictures of --eval and --compare, as JSON has it."""
+    """Settings that determine the output of --eval and --compare, as JSON values."""
     args = filled[0]
     settings = {
         "runs": [file_identity(checkpoint_file(own.checkpoint)) for own in filled],
@@ -799,7 +815,7 @@ def print_metrics(args, given, scores):
 
 def row_names(filled):
     """Name each run of a comparison by its folder, by the whole path where two have one name."""
-    folders = [samples_folder(args.checkpoint).parent for args in filled]
+    folders = [run_folder(args.checkpoint) for args in filled]
     names = [folder.name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -807,7 +823,8 @@ def row_names(filled):
 def metrics_table(scores):
     """Format `data.measure`'s scores (B, T, 3) as a table, by thirds of the video as in Table 1.
 
-    The mean over the third's frames of the mean over videos ± standard error over the videos.
+    The mean over the third's frames of the mean over videos ± standard error over the videos, "-"
+    for a single one.
     """
     T = scores.shape[1]
     columns = {"Temporal": 1, "Visual": 0, "Text": 2}
@@ -817,13 +834,16 @@ def metrics_table(scores):
         part = scores[:, start:end]
         mean = part.nanmean(dim=0).nanmean(dim=0)
         error = standard_error(part.nanmean(dim=1))
-        cells = [f"{mean[i]:8.2f} ± {error[i]:5.2f}" for i in columns.values()]
-        lines.append(f"{f'{start}-{end - 1}':>12}" + "".join(cells))
+        line = f"{f'{start}-{end - 1}':>12}"
+        for i in columns.values():
+            spread = "-" if error[i].isnan() else f"{error[i]:.2f}"
+            line += f"{mean[i]:8.2f} ± {spread:>5}"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def standard_error(z):
-    """Standard error over the rows of z (n, ...), nan left out."""
+    """Standard error over the rows of z (n, ...), nan left out; nan for a single row."""
     n = (~z.isnan()).sum(0).clamp(min=1)
     return ((z - z.nanmean(0)).square().nansum(0) / (n - 1) / n).sqrt()
 
@@ -839,18 +859,20 @@ def save_scores(path, settings, scores):
 
 
 def write_json(path, content):
-    """Write a file as a whole or not at all; what JSON does not know becomes a string."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content, default=str, ensure_ascii=False), "utf-8")
-    part.replace(path)
+    """Write a file as a whole or not at all; what JSON does not know becomes a string.
+
+    Raises ValueError if it cannot be written.
+    """
+    text = json.dumps(content, default=str, ensure_ascii=False)
+    with replacing(path) as part:
+        part.write_text(text, "utf-8")
 
 
 def print_tables(args):
     """--table: print what --eval saved, mean ± standard error over the seeds of a name."""
     groups = {}
     for run in args.table:
-        folder = samples_folder(run).parent
+        folder = run_folder(run)
         name = re.sub(r"-\d+$", "", str(folder))
         groups.setdefault(name, []).append(read_scores(run, args.true_history))
 
@@ -876,9 +898,10 @@ def read_scores(run, true_history):
         scores = torch.tensor(json.loads(path.read_text("utf-8"))["frames"], dtype=torch.float32)
         if scores.dim() != 2 or scores.shape[1] != 3:
             raise ValueError(f"scores of shape {tuple(scores.shape)}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = textwrap.shorten(repr(error), 200)
         raise ValueError(
-            f"{path} is not what --eval writes ({error!r}); sample.py --eval writes it anew"
+            f"{path} is not a score file ({reason}); sample.py --eval rewrites it"
         ) from None
     return scores
 
@@ -934,7 +957,7 @@ def names_a_file(out):
 
 
 def video_settings(args):
-    """Everything that decides the pictures of a call's videos, as JSON has it."""
+    """Settings that determine the output of a call, as JSON values."""
     settings = sampler_settings(args) | {
         "prompts": args.prompts,
         "then": args.then,
@@ -960,8 +983,52 @@ def file_identity(path):
     return [str(path.resolve()), path.stat().st_mtime_ns]
 
 
+@contextmanager
+def reserve_files(args, paths, settings):
+    """Choose names in one folder with `choose_files`, and hold them until the context ends.
+
+    An empty file holds a name, so that another process takes the next one. Those that are still
+    empty at the end are removed. Raises ValueError if a file cannot be written.
+    """
+    folder = paths[0].parent
+    new = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(folder):
+            chosen = choose_files(args, paths, settings)
+            for path in chosen:
+                if not path.exists():
+                    path.touch()
+                    new.append(path)
+    except OSError as error:
+        raise ValueError(f"cannot write in {folder}: {error.strerror}") from None
+
+    try:
+        record_settings(new, settings)
+        yield chosen
+    finally:
+        for path in new:
+            if path.exists() and path.stat().st_size == 0:
+                path.unlink()
+
+
+@contextmanager
+def lock_folder(folder):
+    """Let one process at a time choose names and change settings.json in a folder."""
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def choose_files(args, paths, settings):
-    """Return the paths, changed where a file made with other settings is there already.
+    """Return the paths, changed where a file exists and was made with other settings.
 
     In a folder the new file's name gets a number, as in red-circle-0-0-2.mp4. A name that the user
     gave with --out is kept: it raises ValueError, unless --overwrite is given.
@@ -971,7 +1038,7 @@ def choose_files(args, paths, settings):
         if args.out and names_a_file(args.out):
             if not (args.overwrite or is_free(path, settings)):
                 raise ValueError(
-                    f"--out {args.out}: {path} is there already, made with other settings; "
+                    f"--out {args.out}: {path} exists and was made with other settings; "
                     "another name, or --overwrite, would work"
                 )
         else:
@@ -998,18 +1065,21 @@ def read_settings(folder):
     """Read settings.json of a folder: {file name: the settings that made it}."""
     try:
         recorded = json.loads((folder / "settings.json").read_text("utf-8"))
-    except (OSError, ValueError):  # without a record, every file counts as made by other settings
+    except (OSError, ValueError, RecursionError):  # every file then counts as another's
         return {}
     return recorded if isinstance(recorded, dict) else {}
 
 
 def record_settings(paths, settings):
     """Add the settings that made some files of one folder to its settings.json."""
+    if not paths:
+        return
     folder = paths[0].parent
-    recorded = read_settings(folder)
-    for path in paths:
-        recorded[path.name] = settings
-    write_json(folder / "settings.json", recorded)
+    with lock_folder(folder):
+        recorded = read_settings(folder)
+        for path in paths:
+            recorded[path.name] = settings
+        write_json(folder / "settings.json", recorded)
 
 
 def write_comparison(path, videos, fps):
@@ -1020,7 +1090,7 @@ def write_comparison(path, videos, fps):
     longest = max(video.shape[1] for video in videos.values())
     rows = torch.stack([pad_time(video, longest) for video in videos.values()])  # (rows, B, T, ...)
     channels = rows.shape[3]
-    if channels != 3:  # latents are no colours: show three of their channels
+    if channels != 3:  # latents are not RGB: show three of their channels
         rows = rows[:, :, :, [i % channels for i in range(3)]] / 3
 
     page = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")
@@ -1035,7 +1105,7 @@ def write_comparison(path, videos, fps):
         out(np.concatenate([names, frames], axis=2))
     strips = rearrange(rows, "r b t c h w -> (b r) t c h w")
     labels = [*videos] * rows.shape[1]
-    iio.imwrite(path.with_suffix(".png"), contact_sheet(strips, 16, labels))
+    write_picture(path.with_suffix(".png"), contact_sheet(strips, 16, labels))
 
 
 def pad_time(video, length):
@@ -1043,7 +1113,7 @@ def pad_time(video, length):
     return F.pad(video, (0, 0, 0, 0, 0, 0, 0, length - video.shape[1]), value=1.0)
 
 
-def contact_sheet(rows, columns=12, labels=(), height=64):
+def contact_sheet(rows, columns, labels=(), height=64):
     """Draw videos below one another, time from left to right: (height, width, 3) uint8.
 
     rows: videos (T, 3, height, width) in [-1, 1], of which `columns` frames are drawn, `height`
@@ -1070,11 +1140,12 @@ def draw_text(text, height, width=96):
 
 
 @contextmanager
-def record_routing(model, shares):
+def record_routing(model, shares, videos):
     """Within it, every pass appends its layers' picks to `shares`, one list for each layer.
 
-    An entry (columns,) is the share of the last frame's tokens, over videos and heads, that pick
-    each column of Eq. (9).
+    An entry (columns,) is the share of the last frame's tokens, over heads and the first `videos`
+    rows of the batch, that pick each column of Eq. (9). Rows after these are guidance's
+    unconditional branch, which is not counted.
     """
 
     @torch.compiler.disable
@@ -1085,7 +1156,7 @@ def record_routing(model, shares):
         descriptor = cache.descriptor[module.layer][:, :, :columns]
         picked, valid = routing.pick(q, None, past, module.top_k, descriptor)
 
-        picked, valid = picked[:, :, -1], valid[:, :, -1]  # (B, H, P, top_k), of the last frame
+        picked, valid = picked[:videos, :, -1], valid[:videos, :, -1]  # (B, H, P, top_k)
         counts = torch.bincount(picked[valid], minlength=columns)
         shares[module.layer].append(counts / picked[..., 0].numel())
 
@@ -1103,9 +1174,13 @@ def show_routing(args, shares, length, settings):
     shares: for each layer the entries of `record_routing` in the Euler steps of the last frame,
     over which the mean is taken. length: frames of the video.
     """
-    share = torch.stack([torch.stack(list(layer)).mean(0)[:-1] for layer in shares]).cpu()
-    share = torch.cat([share, share.mean(0, keepdim=True)])  # (layers + 1, columns)
-    names = [*(f"layer {i}" for i in range(len(shares))), "mean"]
+    rows, names = [], []
+    for i, layer in enumerate(shares):
+        steps = torch.stack(list(layer))  # (steps, columns), the last column the frame itself
+        rows.append(steps.mean(0)[:-1].cpu())
+        names.append(f"layer {i}")
+    share = torch.stack([*rows, torch.stack(rows).mean(0)])  # (layers + 1, columns)
+    names.append("mean")
     frames = history_frames(length, share.shape[1], args.sink)
 
     print("how often the last frame picks each history frame, by its number:")
@@ -1115,16 +1190,17 @@ def show_routing(args, shares, length, settings):
 
     out = args.out or samples_folder(args.checkpoint)
     folder = out.parent if names_a_file(out) else out
-    path = numbered(folder / "routing.png", settings, [])
-    iio.imwrite(path, draw_routing(share.tolist(), names, frames))
-    record_settings([path], settings)
-    print(f"as a picture, the mean last: {path}")
+    unnamed = argparse.Namespace(out=None)  # its name gets a number, beside --out FILE too
+    with reserve_files(unnamed, [folder / "routing.png"], settings) as [path]:
+        write_picture(path, draw_routing(share.tolist(), names, frames))
+    print(f"picture (last row: mean): {path}")
 
 
 def history_frames(length, columns, sink):
     """Number the history frames in the cache of the last frame: the sink's, then the latest."""
-    first = length - 1 - columns  # how many frames the window dropped
-    return [n if first == 0 or n < sink else n + first for n in range(columns)]
+    dropped = length - 1 - columns
+    sink = min(sink, columns)
+    return [*range(sink), *range(sink + dropped, columns + dropped)]
 
 
 def draw_routing(share, names, frames):
@@ -1156,16 +1232,7 @@ def print_files(files, prompts, sheet):
     """Print the videos' files with their prompts, and the contact sheet's."""
     for path, prompt in zip(files, prompts):
         print(f"{path}: {prompt or 'no prompt'}")
-    print(f"all of them: {sheet}")
-
-
-def timed(items, seconds):
-    """Yield the items; append to `seconds` how long each took to come."""
-    begin = time.perf_counter()
-    for item in items:
-        seconds.append(time.perf_counter() - begin)
-        yield item
-        begin = time.perf_counter()
+    print(f"contact sheet: {sheet}")
 
 
 def print_speed(args, what, count, sampling, decoding):

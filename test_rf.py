@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from fractions import Fraction
@@ -886,6 +888,15 @@ def test_a_window_keeps_positions_in_range_and_memory_flat(sink, chunk):
     assert close(again[0], made[8]), "with one layer, a key does not depend on what its frame saw"
 
 
+def test_a_window_as_long_as_the_video_allocates_the_video_only():
+    net, (_, noise, _, c) = tiny(), clip()
+    cache = net.cache(2, 6, window=10**12, sink=1)
+    t = torch.ones(2).double()
+    made = list(rollout(net, noise, t, c, 1, cache=cache))
+    assert close(torch.cat(made, 1), torch.cat(list(rollout(net, noise, t, c)), 1))
+    assert cache.k.shape[3] == 6
+
+
 def test_a_window_evicts_at_once_what_it_would_evict_anyway():
     net, (x, noise, _, c) = tiny(), clip()
     made = []
@@ -987,6 +998,7 @@ class Harm:
         ({"config": {"magic": 1}}, "magic"),
         ({"ema": {"head.bias": torch.zeros(1)}}, "are not those of this network: Missing"),
         ({"ema": {1: 2}}, "are not those of this network"),
+        ({"config": {"dim": 10**6, "ffn_dim": 10**6}}, "are not those of this network"),
         ({"args": Harm()}, "is not a whole checkpoint"),
     ),
 )
@@ -1528,7 +1540,7 @@ def test_a_file_that_breaks_later_is_named_once_and_replaced(clips, capsys):
     (clips / "a.mp4").write_bytes(b"gone")
     capsys.readouterr()
     assert all(videos[i][0].shape == (8, 3, 16, 16) for i in range(9))
-    assert capsys.readouterr().out.count("a.mp4") == 1
+    assert capsys.readouterr().err.count("a.mp4") == 1, "on stderr, where every rank's is seen"
 
 
 def test_a_file_shorter_than_its_header_is_named_once_and_replaced(tmp_path, capsys):
@@ -1547,7 +1559,7 @@ def test_a_file_shorter_than_its_header_is_named_once_and_replaced(tmp_path, cap
     videos = Videos(tmp_path, 16, 30, memory=0)
     assert videos.lengths == [39, 40], "as the headers say"
     assert all(len(videos[i][0]) == 30 for i in range(8))
-    assert capsys.readouterr().out.count("cut.mp4") == 1
+    assert capsys.readouterr().err.count("cut.mp4") == 1
 
 
 def test_a_still_picture_is_named_as_one(clips, capsys):
@@ -1599,6 +1611,13 @@ def test_hidden_files_and_folders_are_skipped_and_links_followed_once(tmp_path):
     (tmp_path / "d").mkdir()
     with pytest.raises(ValueError, match="d holds no videos"):
         data.list_files(tmp_path / "d", "videos")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes in folders")
+def test_a_named_pipe_is_not_listed_and_a_dangling_link_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "gone.mp4").symlink_to("nowhere.mp4")
+    assert [path.name for path in data.list_files(tmp_path, "videos")] == ["gone.mp4"]
 
 
 def test_a_stray_npz_does_not_turn_videos_into_latents(clips, capsys):
@@ -1663,9 +1682,23 @@ def test_latents_that_cannot_be_read_are_named_once_and_replaced(tmp_path, capsy
     (tmp_path / "5.npz").write_bytes((tmp_path / "0.npz").read_bytes()[:-100])
     latents = Latents(tmp_path, 6)
     assert all((latents[i][0] == 1).all() for i in range(15))
-    out = capsys.readouterr().out
+    captured = capsys.readouterr()
+    out = captured.out + captured.err
     assert [out.count(f"{i}.npz") for i in range(6)] == [0, 1, 1, 0, 1, 1]
     assert "contains NaN or inf" in out and "5.npz is not a readable .npz" in out
+
+
+def test_latents_whose_header_promises_too_much_are_named_and_skipped(tmp_path, capsys):
+    save_latents(tmp_path, latents=np.ones((6, 4, 8, 8)))
+    with (
+        zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive,
+        archive.open("latents.npy", "w") as file,
+    ):
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 4, 8, 8)}
+        np.lib.format.write_array_header_1_0(file, header)
+    latents = Latents(tmp_path, 6)
+    assert len(latents.files) == 1 and latents[0][0].shape == (6, 4, 8, 8)
+    assert "lie.npz is not a readable .npz file" in capsys.readouterr().out
 
 
 # ---- writing
@@ -1676,7 +1709,8 @@ def test_a_video_comes_back_as_written(name, tmp_path):
     video = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 16, 24)
     with writer(tmp_path / "new" / name, 5) as write:
         write(video[:2])
-        assert [path.name for path in (tmp_path / "new").iterdir()] == [f".{name}"]
+        (part,) = (tmp_path / "new").iterdir()
+        assert part.name == f".a.{os.getpid()}.{name[2:]}", "no other process has this one"
         write(video[2:])
     assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
     read = read_video(tmp_path / "new" / name, (16, 24))
@@ -1692,6 +1726,38 @@ def test_a_video_that_fails_leaves_the_one_before(tmp_path):
             raise KeyError
         assert (tmp_path / name).read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_hidden_file_of_the_user_survives_a_video_of_its_name(tmp_path):
+    for name in (".a.mp4", ".a.gif", ".a.npz", ".a.png"):
+        (tmp_path / name).write_text("mine")
+    for name in ("a.mp4", "a.gif"):
+        with writer(tmp_path / name) as write:
+            write(torch.zeros(2, 3, 16, 16))
+    data.save_arrays(tmp_path / "a.npz", x=np.zeros(3))
+    data.write_picture(tmp_path / "a.png", np.zeros((4, 5, 3), np.uint8))
+    assert iio.imread(tmp_path / "a.png").shape == (4, 5, 3)
+    assert [path.read_text() for path in tmp_path.glob(".a.*")] == ["mine"] * 4
+
+
+@pytest.mark.parametrize("name", ("a.mp4", "a.gif", "a.npz", "a.png", "a.jpg"))
+def test_a_full_disk_is_one_line_and_leaves_nothing(name, tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows limits no file's size")
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(ValueError, match=f"^cannot write .*/{name}: File too large$"):
+            if name == "a.npz":
+                data.save_arrays(tmp_path / name, x=pictures)
+            elif name in ("a.png", "a.jpg"):
+                data.write_picture(tmp_path / name, pictures[0])
+            else:
+                with writer(tmp_path / name) as write:
+                    write(pictures)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_video_that_cannot_be_written_is_one_line(tmp_path):
@@ -1744,6 +1810,7 @@ def test_sizes_are_parsed():
         (["--frames", "-3"], "--frames -3.*1 would work"),
         (["--fps", "0"], "--fps 0.0"),
         (["--fps", "nan"], "--fps nan"),
+        (["--device", "nope"], "--device: invalid choice: 'nope' .*cpu"),
         (["--frames", "many"], "--frames: invalid int value: 'many'"),
     ],
 )
@@ -1784,6 +1851,46 @@ def test_under_torchrun_the_videos_are_divided(clips, tmp_path, monkeypatch, cap
         written.append(sorted(path.name for path in set((tmp_path / "out").glob("*")) - before))
     assert written == [["a.mp4-0000.npz"], ["b.gif-0000.npz", "c.mp4-0000.npz"]]
     assert Latents(tmp_path / "out", 4).rows == 512
+
+
+def encode_argv(clips, out):
+    argv = ["encode", str(clips), str(out), "--wan", "wan", "--device", "cpu"]
+    return [*argv, "--size", "16", "--frames", "13"]
+
+
+def test_damaged_latents_are_encoded_anew(clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "Wan", ZeroWan)
+    argv = encode_argv(clips, tmp_path / "out")
+    assert data.main(argv) == 0
+    files = sorted((tmp_path / "out").iterdir())
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[:-100])
+    files[1].write_bytes(whole[:2000] + b"changed" + whole[2007:])
+    before = files[2].stat().st_mtime_ns
+    assert data.main(argv) == 0
+    assert [len(Latents(tmp_path / "out", 4)[i][0]) for i in range(3)] == [4, 4, 4]
+    assert files[0].stat().st_size == len(whole) and files[2].stat().st_mtime_ns == before
+    assert "is there already" not in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_wan_is_loaded(clips, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert data.main(encode_argv(clips, tmp_path / "file")) == 2
+    assert f"data.py: cannot write to {tmp_path}/file: File exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", (None, "0"))
+def test_encode_ends_with_the_status_of_its_docstring(rank, clips, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(data, "Wan", interrupted)
+    assert data.main(encode_argv(clips, tmp_path / "out")) == (130 if rank is None else 0)
+    monkeypatch.setattr(data, "Wan", ZeroWan)
+    assert data.main([*encode_argv(clips, tmp_path / "out")[:-1], "97"]) == 2
+    assert "none of 5 videos" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -1845,8 +1952,7 @@ def test_videos_become_latents_and_finished_ones_are_kept(wan_folder, tmp_path, 
     before = files[1].stat().st_mtime_ns
     data.encode_folder(data.parse(flags))
     assert files[0].exists() and files[1].stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="none of the 3 videos"):
-        data.encode_folder(data.parse([*flags[:-1], "13"]))
+    assert data.main([*flags[:-1], "13"]) == 2, "none can be encoded"
     assert "long.mp4-0000.npz is there already, of another --frames" in capsys.readouterr().out
 
     with np.load(files[0]) as file:
@@ -1876,7 +1982,7 @@ def test_latents_train_a_model_that_makes_videos(wan_folder, tmp_path, capsys):
     sample.main([*flags, "--wan", str(wan_folder), *given, "--out", str(out)])
     assert "with the VAE's decoding" in capsys.readouterr().out
     assert len(read_video(out, 16)) == 13, "two latents given and two made: 4 n - 3 frames"
-    with pytest.raises(ValueError, match="--wan PATH names"):
+    with pytest.raises(ValueError, match="--wan PATH"):
         sample.main(flags)
 
 
@@ -2109,7 +2215,7 @@ def test_clipping_bounds_the_gradient(tmp_path, quick):
 def test_the_history_is_redrawn_under_the_text_of_the_loss(tmp_path, monkeypatch, quick):
     texts = []
 
-    def record(model, x, c, *_):
+    def record(model, x, c, **_):
         texts.append(c)
         return x
 
@@ -2335,8 +2441,53 @@ def test_a_log_is_cut_back_to_the_checkpoint_and_its_damage_reported(copied, cap
 
 def test_resuming_a_finished_run_only_reports(copied, capsys):
     before = checkpoint_of(copied)
+    with open(copied / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "data_seconds": 1.0}\n')  # a line that lacks the rest
     train.main(["--resume", "--out", str(copied)])
     assert same(before, checkpoint_of(copied)) and "median step" in capsys.readouterr().out
+
+
+def break_shape(state):
+    next(iter(state["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (break_shape, "run holds step 3 and no optimizer state that fits its weights"),
+        (lambda state: state.update(optimizer={"state": {}, "param_groups": []}), "no optimizer"),
+        (lambda state: state.update(optimizer="AdamW"), "no optimizer state that fits"),
+        (lambda state: state["optimizer"].pop("param_groups"), "run is damaged"),
+        (lambda state: state.update(step=-5), "run holds step -5"),
+        (lambda state: state["args"].update(data=None), "None is not a folder"),
+        (lambda state: state["args"].update(size=-8), "run is no run of train.py: .*: got -8"),
+        (lambda state: state["args"].update(wall=1), "run is no run of train.py: .*--wall"),
+    ],
+)
+def test_resuming_refuses_a_checkpoint_made_by_hand_in_one_line(damage, message, copied):
+    state = checkpoint_of(copied)
+    damage(state)
+    torch.save(state, copied / "ckpt.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        train.main(["--resume", "--out", str(copied), "--steps", "4", "--device", "cpu"])
+    assert "\n" not in str(error.value)
+
+
+def test_resuming_on_other_clips_warns(copied, capsys, quick):
+    train.main(["--resume", "--out", str(copied), "--steps", "4"])
+    assert "warning" not in capsys.readouterr().out
+    train.main(["--resume", "--out", str(copied), "--steps", "5", "--wall", "--size", "16"])
+    out = capsys.readouterr().out
+    assert "differ from those of the steps so far: --size 8 -> 16, --wall False -> True\n" in out
+
+
+def test_resuming_deletes_the_half_written_files_of_a_killed_run(copied, quick):
+    parts = [copied / name for name in ("ckpt.pt.part", "samples/.step_000002.gif")]
+    others = [copied / "samples/.clip.mp4", copied / "samples/final.gif"]
+    for path in (*parts, *others):
+        path.write_text("half of it")
+    train.main(["--resume", "--out", str(copied)])
+    assert not any(path.exists() for path in parts) and all(path.exists() for path in others)
 
 
 def test_init_starts_a_new_stage(trained, tmp_path, quick):
@@ -2383,9 +2534,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(copied, tmp_path, monkeypatch, e
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    message = (
-        r"step 4 to .*run/ckpt.pt \((No space|disk full).*\); .*ckpt.pt is as it was.*--resume$"
-    )
+    message = r"step 4 to .*run/ckpt.pt \((No space|disk full).*\); .*is unchanged: free.*--resume$"
     with pytest.raises(sample.RunFailed, match=message):
         train.main(["--resume", "--out", str(copied), "--steps", "4"])
     assert same(before, checkpoint_of(copied)) and not list(copied.glob("*.part"))
@@ -2395,9 +2544,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(copied, tmp_path, monkeypatch, e
         run_train(tmp_path / "new", "--steps", 1)
 
 
+def test_only_a_full_disk_is_told_to_be_freed(copied, quick):
+    (copied / "ckpt.pt.part").mkdir()
+    with pytest.raises(sample.RunFailed, match=r"\(Is a directory\); .*ckpt.pt is unchanged$"):
+        train.main(["--resume", "--out", str(copied), "--steps", "4"])
+
+
 def test_errors_of_the_disk_name_the_file(copied, capsys):
-    (copied / "log.part").symlink_to("/dev/full")
-    with pytest.raises(ValueError, match="cannot write .*log.jsonl: No space left on device$"):
+    (copied / "log.part").mkdir()
+    with pytest.raises(ValueError, match="cannot write .*log.jsonl: Is a directory$"):
         train.main(["--resume", "--out", str(copied), "--steps", "4"])
     (copied / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write .*file/run: Not a directory$"):
@@ -2448,7 +2603,7 @@ def test_a_folder_in_use_is_refused_and_a_dead_process_holds_none(copied):
 
     holder.kill()
     holder.communicate()
-    with pytest.raises(ValueError, match="already holds another run; it saved no checkpoint"):
+    with pytest.raises(ValueError, match="already holds another run, which saved no checkpoint"):
         run_train(copied)
 
 
@@ -2464,7 +2619,7 @@ def test_a_live_run_holds_its_folder_and_sigterm_saves_it(tmp_path, monkeypatch,
 
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "go on with: python train.py --resume" in out
+    assert process.returncode == 0 and "continue with: python train.py --resume" in out
     step = checkpoint_of(tmp_path / "runs/001")["step"]
     monkeypatch.chdir(tmp_path)
     train.main(["--resume", "--steps", str(step + 2)])
@@ -2509,6 +2664,24 @@ def test_several_processes_refuse_in_one_line(copied):
     ]
     assert status == 0 and len(lines) == 1, out
     assert lines[0].startswith(f"train.py: --out {copied} already holds another run")
+
+
+def fail(error):
+    raise error
+
+
+def test_an_error_of_one_process_keeps_its_kind(tmp_path):
+    """A run that failed ends with another exit status than input that is refused."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        for error in (sample.RunFailed("disk full"), ValueError("bad flag")):
+            with pytest.raises(ValueError, match=str(error)) as raised:
+                train.call_on_all(fail, error)
+            assert type(raised.value) is type(error)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_processes_share_out_the_clips_of_a_step_lazily():
@@ -2572,6 +2745,20 @@ def test_the_plan_counts_the_flops_that_run(chunk, steps, window, monkeypatch):
     assert abs(extra - 1) < 0.05, "but for the text, read once by the cache"
     parameters = sum(p.numel() for p in net.parameters())
     assert cost.memory["weights"] == 4 * cost.parameters == 4 * parameters
+
+
+def test_the_plan_counts_the_histories_that_call_the_network():
+    plans = {name: planned(Config(), 7, "--history", name, "--fsdp") for name in HISTORY}
+    for name, cost in plans.items():
+        calls = name in ("parallel", "resample")
+        assert (cost.resample > cost.teacher) == calls
+        assert (cost.memory["gathered weights"] == cost.memory["weights"]) == calls
+
+
+def test_the_cost_of_resampling_is_printed_only_where_there_is_some(capsys):
+    for history, printed in (("teacher", 0), ("noise", 0), ("parallel", 2), ("resample", 2)):
+        train.main(["--preset", "wan-1.3b", "--dry-run", "--history", history])
+        assert capsys.readouterr().out.count("per resampling step") == printed
 
 
 def test_the_plan_follows_the_flags():
@@ -2660,6 +2847,7 @@ def inputs(tmp_path_factory, trained):
     for name in ("empty", "foreign", "fake", "cut", "died"):
         (folder / name).mkdir()
     (folder / "foreign/notes.mp4").write_text("hello")
+    (folder / "foreign/config.json").write_text("{}")
     (folder / "fake/0.npz").write_text("no zip")
     (folder / "junk.pt").write_text("junk")
     (folder / "died/log.jsonl").write_text("")
@@ -2689,10 +2877,12 @@ def inputs(tmp_path_factory, trained):
         ("--patch 8 --size 16", "a patch holds 192 values, more than the width 48"),
         ("--fsdp", "torchrun --nproc-per-node N train.py --fsdp would work"),
         ("--out full", "full already holds another run; add --resume"),
-        ("--out died", "died already holds another run; it saved no checkpoint: delete it"),
-        ("--out junk.pt", "junk.pt already holds"),
-        ("--resume --out full --init full", "--resume goes on with its own weights"),
-        ("--resume --out full --data clips", "another shape: text_dim is|other captions than when"),
+        ("--out died", "died already holds another run, which saved no checkpoint; name a new"),
+        ("--out junk.pt", "--out junk.pt is a file; wanted a folder$"),
+        ("--out foreign", "--out foreign holds config.json already; name a new folder$"),
+        ("--resume --out full --init full", "--resume continues with its own weights"),
+        ("--resume --out full --data clips", "another shape: text_dim is|the captions differ"),
+        ("--chunk 1024", "--frames 4: wanted two or more chunks of 1024, .*; 2048 would work"),
         ("--resume --out died", "no checkpoint at died"),
         ("--init alien.pt", "alien.pt is not a whole checkpoint.*magic"),
         ("--init nowhere", "no checkpoint at nowhere"),
@@ -2746,7 +2936,11 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(flags, message, m
         ("--size", "100000"),
         ("--frames", "10000000000"),
         ("--layers", "1001"),
-        ("--workers", "100000"),
+        ("--workers", "65"),
+        ("--sample-steps", "1001"),
+        ("--tflops", "1e9"),
+        ("--gpu-memory", "1e-9"),
+        ("--out", ""),
         ("--shift", "0"),
         ("--batch", "2.5"),
         ("--resample-share", "1.5"),
@@ -2773,8 +2967,18 @@ def test_training_on_a_folder_keeps_to_its_words(inputs, tmp_path, quick):
     state = run_train(tmp_path / "run", *flags)
     assert state["args"]["words"] == [["a", "circle", "moving", "red"], 4]
     (folder / "a.txt").write_text("A blue Circle, moving")
-    with pytest.raises(ValueError, match="other captions than when"):
+    message = "the captions differ from those .*run was trained on"
+    with pytest.raises(ValueError, match=message):
         train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])
+    with pytest.raises(ValueError, match=message):
+        run_train(tmp_path / "two", *flags, "--init", tmp_path / "run")
+
+
+def test_only_sprites_have_a_held_out_loss(inputs, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    run_train(tmp_path / "run", "--data", inputs / "clips", "--size", 16, "--steps", 1)
+    assert logged(tmp_path / "run", "clip_loss") and not logged(tmp_path / "run", "held_out_loss")
+    assert logged(trained, "held_out_loss") and not logged(trained, "clip_loss")
 
 
 def test_training_on_latents_ends_in_pictures(tmp_path):
@@ -3039,7 +3243,7 @@ def test_flags_that_are_set_are_kept_and_latents_have_defaults_of_their_own(rand
         (["--then", "0", "red circle"], "--then 0"),
         (["--then", "soon", "red circle"], "--then soon"),
         (["--window", "2", "--sink", "2"], "--sink 2 leaves no room in --window 2; --sink 1"),
-        (["--eval", "--frames", "2"], "--frames 2: two of 1 are given; 3 can be measured"),
+        (["--eval", "--frames", "2"], "2: the first two frames of 1 are given; 3 or more would"),
         (["--eval", "red circle"], "leave out prompts"),
         (["--compare", "run", "--given", "clip.gif"], "leave out prompts, --given"),
         (["--true-history"], "--true-history works with --eval"),
@@ -3048,8 +3252,15 @@ def test_flags_that_are_set_are_kept_and_latents_have_defaults_of_their_own(rand
         (["--out", "notes.txt"], "notes.txt: wanted a folder"),
         (["--eval", "--out", "table.txt"], "table.txt: wanted a folder"),
         (["--given", "clip.gif", "--out", "clip.gif", "--frames", "6"], "would overwrite --given"),
-        (["--table", "nowhere"], "no .*eval.json; python sample.py --eval --checkpoint nowhere"),
-        (["--table", "nowhere", "--true-history"], "no .*true-history.json; .*--true-history"),
+        (["--then", "9" * 5000, "red circle"], "--then 9{20}: wanted the number of a frame"),
+        (["--then", "4", "red circle", "--then", "04", ""], "--then 4 is given twice"),
+        (["--sink", "1", "--window", "0"], "--sink 1 has no effect without a window"),
+        (["--sink", "1", "--eval", "--true-history"], "--sink 1 has no effect with --true-history"),
+        (["--table", "run"], "--table prints what --eval saved; leave out checkpoint, steps"),
+        (["--videos", "3"], "--videos 3 works with --eval or --compare"),
+        (["--negative", "blurry"], "--negative works with --wan"),
+        (["--overwrite"], "--overwrite works with --out FILE"),
+        (["--overwrite", "--out", "folder"], "--overwrite works with --out FILE"),
         (["--compare", "nowhere"], "no checkpoint at nowhere"),
         (["--wan", "nowhere"], "--wan: this model makes pixels itself"),
         (["--samples", "3000"], "--samples 3000: 3000 videos in all, but at most 256"),
@@ -3072,12 +3283,14 @@ def test_flags_are_refused_where_the_model_cannot_follow(tmp_path):
     other["config"]["top_k"] = None
     torch.save(other, plain / "ckpt.pt")
     latents = make_run(tmp_path / "latents", data="latents", words=None)
+    windowed = make_run(tmp_path / "windowed", {"window": 2})
     for run, flags, message in (
         (plain, ["--routing"], "train one with --top-k"),
         (plain, ["--frames", "7"], "--frames 7 is not divisible by 2, the chunk; 8 would work"),
         (plain, ["--then", "3", "red circle"], "--then 3: wanted .* divisible by 2"),
-        (latents, [], "this model makes latents: --wan PATH"),
-        (latents, ["--eval"], "--eval needs a model of sprites.*this one learned latents"),
+        (latents, [], "this model makes latents; pass --wan PATH"),
+        (latents, ["--eval"], "--eval needs a model trained on sprites; .*trained on latents"),
+        (windowed, ["--sink", "1"], "--sink 1: trained with --window 2, .*; --window 2 or less"),
     ):
         with pytest.raises(ValueError, match=message):
             call(run, *flags)
@@ -3101,20 +3314,23 @@ def test_the_memory_that_is_refused_is_the_memory_that_is_used(random_run):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"frames": None}, "None is its flag frames"),
-        ({"frames": "ten"}, "'ten' is its flag frames"),
-        ({"frames": 0}, "0 is its flag frames"),
-        ({"rate": "fast"}, "'fast' is its flag rate"),
-        ({"objects": None}, "None is its flag objects"),
-        ({"data": 3}, "3 is its flag data"),
-        ({"words": "red"}, "'red' is its vocabulary"),
+        ({"frames": None}, "its flag frames is None"),
+        ({"frames": "ten"}, "its flag frames is 'ten'"),
+        ({"frames": 0}, "its flag frames is 0"),
+        ({"rate": float("nan")}, "its flag rate is nan"),
+        ({"rate": 1e300}, r"its flag rate is 1e\+300"),
+        ({"fps": float("inf")}, "its flag fps is inf"),
+        ({"rate": "fast"}, "its flag rate is 'fast'"),
+        ({"objects": None}, "its flag objects is None"),
+        ({"data": 3}, "its flag data is 3"),
+        ({"words": "red"}, "its vocabulary is 'red'"),
         ({"words": [["red"], "2"]}, "its vocabulary"),
         ({"words": [[1, 2], 2]}, "its vocabulary"),
     ],
 )
 def test_a_checkpoint_made_by_hand_is_refused_in_one_line(changes, message, tmp_path):
     run = make_run(tmp_path / "run", **changes)
-    with pytest.raises(ValueError, match=f"run is no run of train.py: .*{message}") as error:
+    with pytest.raises(ValueError, match=f"run was not saved by train.py: .*{message}") as error:
         call(run)
     assert "\n" not in str(error.value)
 
@@ -3125,6 +3341,7 @@ def test_a_checkpoint_made_by_hand_is_refused_in_one_line(changes, message, tmp_
         *(["--steps", "0"], ["--steps", "100000000"], ["--time-shift", "0"], ["--guidance", "nan"]),
         *(["--guidance", "-1"], ["--seed", str(2**63)], ["--samples", "2.5"], ["--window", "-1"]),
         *(["--frames", "ten"], ["--frames", str(10**13)], ["--device", "tpu"], ["--sink"]),
+        ["--out", ""],
     ],
 )
 def test_bad_flags_of_sampling_are_one_line(flags, capsys):
@@ -3215,9 +3432,16 @@ def test_the_latest_run_is_the_one_written_last(tmp_path, monkeypatch):
     assert sample.latest_run() == Path("runs/b")
 
 
-def test_autocast_is_for_cuda():
-    with sample.autocast("cpu"):
-        assert not torch.is_autocast_enabled("cpu")
+def test_sampling_follows_the_precision_of_training(tmp_path):
+    for precision, enabled in (("bf16", True), ("fp32", False), (None, False)):
+        run = make_run(tmp_path / str(precision), precision=precision)
+        with sample.autocast(sample.load_run(run), "cpu"):
+            assert torch.is_autocast_enabled("cpu") == enabled
+
+
+def test_a_run_is_named_by_its_folder_or_its_checkpoint(random_run):
+    assert sample.run_folder(random_run / "ckpt.pt") == sample.run_folder(random_run) == random_run
+    assert sample.run_folder(Path("nowhere")) == Path("nowhere")
 
 
 # no video is replaced silently
@@ -3275,7 +3499,7 @@ def test_a_name_given_by_the_user_is_replaced_only_by_the_same_settings(random_r
     before = Path("x.mp4").read_bytes()
     call(random_run, "--out", "x.mp4", "--frames", "3")
     for flags in (["--frames", "4"], ["--frames", "3", "--seed", "1"], ["--eval", "--videos", "1"]):
-        with pytest.raises(ValueError, match="x.* is there already, .*or --overwrite, would work"):
+        with pytest.raises(ValueError, match="x.* exists and .*or --overwrite, would work"):
             call(random_run, "--out", "x.mp4", *flags)
         assert Path("x.mp4").read_bytes() == before
     call(random_run, "--out", "x.mp4", "--frames", "4", "--overwrite")
@@ -3297,13 +3521,73 @@ def test_everything_that_decides_a_comparison_is_part_of_its_settings(random_run
     assert settings("--out", "x.gif") == settings()
 
 
-def test_bf16_on_cuda_makes_another_video(random_run):
+def test_another_kind_of_device_makes_another_video(random_run):
     args, _ = filled(random_run)
     cpu = sample.video_settings(args)
     args.device = "cuda:1"
     cuda = sample.video_settings(args)
     args.device = "cuda"
     assert sample.video_settings(args) == cuda != cpu
+
+
+def test_two_calls_at_once_take_different_names_until_they_end(tmp_path):
+    paths = [tmp_path / "x.mp4", tmp_path / "x.png"]
+    args = sample.parse([])
+    with sample.reserve_files(args, paths, {"seed": 0}) as first:
+        with sample.reserve_files(args, paths, {"seed": 1}) as second:
+            assert (first, [path.name for path in second]) == (paths, ["x-2.mp4", "x-2.png"])
+            second[0].write_bytes(b"video")
+        first[0].write_bytes(b"video")
+        with sample.reserve_files(args, paths, {"seed": 0}) as again:
+            assert again == first, "the same settings make the same files"
+    with pytest.raises(ValueError, match="failed"):
+        with sample.reserve_files(args, paths, {"seed": 2}):
+            raise ValueError("failed")
+    names = ["settings.json", "x-2.mp4", "x.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names, "unused names are given up"
+    recorded = sample.read_settings(tmp_path)
+    assert [recorded[name]["seed"] for name in names[1:]] == [1, 0]
+
+
+def test_records_that_are_written_at_once_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for n in range(100):
+            pool.submit(sample.record_settings, [tmp_path / str(n)], n)
+    assert len(sample.read_settings(tmp_path)) == 100
+
+
+def test_a_sheet_that_cannot_be_written_leaves_the_videos_recorded(random_run, here, monkeypatch):
+    def fail(path, picture):
+        raise ValueError(f"cannot write {path}: disk full")
+
+    monkeypatch.setattr(sample, "write_picture", fail)
+    Path("x.mp4").write_bytes(b"of other settings")
+    with pytest.raises(ValueError, match="x.png: disk full"):
+        call(random_run, "--out", "x.mp4", "--frames", "3", "--overwrite")
+    assert sorted(os.listdir()) == ["clip.gif", "settings.json", "x.mp4"]
+    assert sample.read_settings(Path())["x.mp4"]["frames"] == 3
+
+
+def test_what_cannot_be_written_is_refused_before_it_is_computed(here, monkeypatch):
+    run = make_run(here / "run")
+    Path("run/samples").touch()
+    monkeypatch.setattr(sample, "rollout", None)
+    for flags in ([], ["--eval"]):
+        with pytest.raises(ValueError, match="samples/new: Not a directory"):
+            call(run, "--out", "run/samples/new", *flags)
+    Path("out/settings.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cannot write out/settings.json: "):
+        call(run, "--out", "out")
+    assert os.listdir("out") == ["settings.json"], "and nothing is left behind"
+
+
+def test_a_score_file_that_cannot_be_written_costs_no_result(here, capsys):
+    run = make_run(here / "run")
+    Path("run/samples").touch()
+    call(run, "--eval", "--videos", "1", "--out", "x.gif")
+    out = capsys.readouterr().out
+    assert "Temporal" in out and "warning: cannot write" in out and "eval.json" in out
+    assert Path("x.gif").stat().st_size and Path("x.png").stat().st_size
 
 
 def test_a_number_is_added_until_the_name_is_neither_there_nor_taken(tmp_path):
@@ -3367,6 +3651,13 @@ def test_eval_draws_new_noise_for_every_batch_and_every_frame():
         assert torch.equal(made[batch:, [n]], noise(9 + batch + n, 1, 1))
 
 
+def test_frames_that_are_not_finite_are_refused():
+    model = NoiseModel()
+    model.forward = lambda x, *rest: x * torch.nan
+    with pytest.raises(ValueError, match="the model's frames are not finite"):
+        evaluate(model)
+
+
 def test_on_true_history_each_frame_continues_the_truth():
     for window in (3, None):
         model = NoiseModel()
@@ -3387,6 +3678,17 @@ def test_the_table_has_means_and_standard_errors_by_thirds():
     assert lines[2].split() == "2-3 2.50 ± 0.65 0.00 ± 0.00 0.00 ± 0.00".split()
     assert lines[3].split() == "4-5 0.00 ± 0.00 0.00 ± 0.00 8.00 ± 0.00".split()
     assert lines[4].split() == "0-5 0.83 ± 0.22 3.33 ± 0.00 1.60 ± 0.00".split()
+
+
+def test_a_single_row_has_no_standard_error():
+    line = sample.metrics_table(torch.ones(1, 3, 3)).splitlines()[1]
+    assert line.split() == "0-0 1.00 ± - 1.00 ± - 1.00 ± -".split()
+
+
+def test_scores_that_were_not_saved_are_missed_by_their_path():
+    for flags, name in (([], "eval.json"), (["--true-history"], "true-history.json")):
+        with pytest.raises(ValueError, match=f"no nowhere/samples/{name}; python sample.py --eval"):
+            sample.main(["--table", "nowhere", *flags])
 
 
 def test_evaluations_are_written_compared_and_gathered(random_run, tmp_path, capsys):
@@ -3423,13 +3725,13 @@ def test_eval_passes_its_flags_on_and_replaces_its_own_picture(here, monkeypatch
         return torch.zeros(1, 5, 3, 8, 8), torch.ones(1, 5, 3, 8, 8), torch.zeros(1, 5, 3)
 
     monkeypatch.setattr(sample, "evaluate", spy)
-    flags = ["--eval", "--frames", "5", "--videos", "7", "--window", "2", "--sink", "1"]
+    flags = ["--eval", "--frames", "5", "--videos", "7", "--window", "2"]
     flags += ["--seed", "3", "--guidance", "4", "--time-shift", "6", "--out", "x.gif"]
     for _ in range(2):
         call(run, *flags, "--true-history")
-    options = {"steps": 1, "time_shift": 6.0, "guidance": 4.0, "window": 2, "sink": 1, "seed": 3}
+    options = {"steps": 1, "time_shift": 6.0, "guidance": 4.0, "window": 2, "sink": 0, "seed": 3}
     assert calls == [(5, 7, options | {"true_history": True})] * 2
-    with pytest.raises(ValueError, match="x.gif is there already, made with other settings"):
+    with pytest.raises(ValueError, match="x.gif exists and was made with other settings"):
         call(run, *flags)
 
 
@@ -3440,15 +3742,16 @@ def test_tables_of_other_lengths_or_other_files_are_refused(tmp_path):
     runs = [str(path.parent.parent) for path in paths]
     with pytest.raises(ValueError, match="the seeds of toy have 9, 18 frames; wanted the same"):
         sample.main(["--table", *runs])
-    for content in ('{"frames', "{}", '{"frames": 3}', "[]", '{"frames": [[1, 2]]}'):
+    deep = "[" * 10**5
+    for content in ('{"frames', "{}", '{"frames": 3}', "[]", '{"frames": [[1, 2]]}', deep):
         paths[0].write_text(content)
-        with pytest.raises(ValueError, match="toy-0/samples/eval.json is not what --eval writes"):
+        with pytest.raises(ValueError, match="toy-0/samples/eval.json is not a score file"):
             sample.main(["--table", *runs])
 
 
 def test_runs_are_compared_in_one_world_and_named_apart(random_run, tmp_path):
     wall = make_run(tmp_path / "wall", wall=True)
-    with pytest.raises(ValueError, match="these runs learned different worlds"):
+    with pytest.raises(ValueError, match="these runs were trained on different sprites"):
         sample.main(["--compare", str(random_run), str(wall), *FLAGS])
     assert not (wall / "samples").exists()
     for folders, names in (
@@ -3503,7 +3806,7 @@ def test_recorded_routing_is_what_attention_picks(random_run, monkeypatch):
     shares = [[], []]
     given = torch.rand(1, 1, 3, 8, 8)
     c = torch.zeros(1, 5, 20)
-    with sample.record_routing(net, shares):
+    with sample.record_routing(net, shares, 1):
         list(sample.generate(net, [(0, c)], given, 7, 1, window=4, sink=1))
     passes = [calls[i : i + 2] for i in range(0, len(calls), 2)]
     assert len(passes) == 6 * 2, "six frames, two layers; attention, then the recorder"
@@ -3521,6 +3824,21 @@ def test_recorded_routing_is_what_attention_picks(random_run, monkeypatch):
     calls.clear()
     list(sample.generate(net, [(0, c)], given, 2, 1))
     assert len(calls) == 2, "outside, nothing is recorded"
+
+
+def test_routing_leaves_out_the_unconditional_branch(random_run):
+    """It is the second half of the batch."""
+    net = load_checkpoint(random_run)
+    torch.manual_seed(0)
+    x, history = torch.randn(2, 1, 3, 8, 8), torch.randn(2, 5, 3, 8, 8)
+    t, c = torch.rand(2, 1), torch.randn(2, 5, net.config.text_dim)
+    recorded = []
+    for batch in (1, 2):
+        shares = [[], []]
+        with sample.record_routing(net, shares, 1):
+            net(x[:batch], t[:batch], c[:batch], history[:batch], net.cache(batch, 6), first=5)
+        recorded.append([layer[0].tolist() for layer in shares])
+    assert recorded[0] == recorded[1] and sum(recorded[0][1]) > 1
 
 
 def test_routing_is_printed_and_drawn(random_run, tmp_path, capsys):
@@ -3570,12 +3888,6 @@ def test_the_time_of_a_frame_is_printed_by_its_number(capsys):
     out = capsys.readouterr().out
     assert "2.0 frames per second" in out and "guidance counted" in out
     assert "; 0.7 with the VAE's decoding" in out
-
-
-def test_timed_counts_the_wait_for_an_item_and_not_its_use():
-    seconds, items = [], iter("abc")
-    for number, item in enumerate(sample.timed(items, seconds)):
-        assert item == "abc"[number] and len(seconds) == number + 1
 
 
 # ---- README.md and the repository ----
@@ -3643,7 +3955,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 CUTS = {
     "train.py": "--size 8 --frames 6 --dim 48 --heads 2 --layers 1 --batch 2 --accumulate 1 "
     "--steps 2 --warmup 1 --lr-warmup 1 --sample-steps 1 --sample-every 2 --device cpu",
-    "sample.py": "--frames 18 --steps 1 --videos 2 --samples 1 --device cpu",
+    "sample.py": "--frames 18 --steps 1 --samples 1 --device cpu",
     "encode": "--size 32x48 --frames 21 --device cpu",
     "results/bench_attention.py": "--frames 3 --tokens 4 --batch 1 --repeats 1 --device cpu",
     "results/bench_video.py": "--files 2 --seconds 1",
@@ -3661,6 +3973,8 @@ script = argv[scripts[0]]
 key = "encode" if "encode" in flags else script
 if "--dry-run" not in flags and "--table" not in flags:
     flags += shlex.split({cuts!r}[key])
+if "--eval" in flags or "--compare" in flags:
+    flags += ["--videos", "2"]
 if "--resume" in flags:  # one more step
     flags += ["--steps", "3"]
 if "wan-1.3b" in flags and "--dry-run" not in flags:

@@ -5,15 +5,17 @@
   torchrun --nproc-per-node 8 train.py --frames 60      many processes, the same batch
 
 Training starts with teacher forcing (--warmup steps), then continues with --history: "resample"
-redraws the history with the model's own mistakes. The run's folder holds ckpt.pt, config.json,
+replaces the history by the model's own reconstruction. The run's folder holds ckpt.pt, config.json,
 log.jsonl and samples/. Ctrl-C saves and stops; --resume continues bit for bit.
 
 B videos, T latent frames or pictures, N frames (chunks of them), C channels, L words.
 """
 
+import argparse
 import atexit
 import copy
 import ctypes
+import errno
 import json
 import math
 import os
@@ -41,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from data import fold, one_line, open_data, parse_size, round_up
+from data import fold, one_line, open_data, parse_size, round_up, sides
 from model import (
     PRESETS,
     CausalDiT,
@@ -53,6 +55,7 @@ from model import (
 from rf import HISTORY, flow_matching_loss
 from sample import (
     DEVICES,
+    WORLD_FLAGS,
     RunFailed,
     bounded_float,
     bounded_int,
@@ -68,10 +71,10 @@ from sample import (
     nonnegative_int,
     positive_float,
     positive_int,
+    rollout_window,
     run_main,
     save_scores,
     seed_int,
-    timed,
     write_comparison,
 )
 
@@ -91,7 +94,7 @@ def main(argv):
 
     # data: any index is a clip, so the position in the data is the number of the step
     data = call_on_all(open_training_data, args)
-    held_out = open_data(args, "test") if args.data == "sprites" else data
+    shown = open_data(args, "test") if args.data == "sprites" else data  # a folder holds out none
     config = make_config(args, data)
     record_data(args, data)
     check_sizes(args, data, config)
@@ -108,16 +111,19 @@ def main(argv):
     print_start(args, config, cost, world, device, start)
 
     stop_requested = StopRequested()
-    waits = []  # seconds that the loop waited for each batch
-    batches = timed(load_batches(data, start, rank, world, args, device), waits)
-    bar = tqdm(batches, total=args.steps, initial=start, disable=rank > 0, dynamic_ncols=True)
+    batches = load_batches(data, start, rank, world, args, device)
+    steps = range(start, args.steps)
+    bar = tqdm(steps, total=args.steps, initial=start, disable=rank > 0, dynamic_ncols=True)
     done = start
 
-    for step, (indices, videos, texts) in enumerate(bar, start):
+    for step in bar:
         began = clock(device)
+        indices, videos, texts = next(batches)
+        data_seconds = clock(device) - began
         lr = learning_rate(step, args)
         make_history = history_at(step, args)  # a row of Table 2
-        loss = history_seconds = 0
+        loss = 0
+        history_seconds = 0
 
         # each micro-batch adds to the gradient; only the last one exchanges it between processes
         for part in range(args.accumulate):
@@ -131,19 +137,25 @@ def main(argv):
                 kept = rng.rand(len(x), device=device) >= args.drop
                 c = texts[rows] * kept[:, None, None]  # (B, L, text_dim)
 
-                # lines 2-9: redraw the history with the weights being trained, no gradient
+                # Algorithm 1, lines 2-9, Eqs. (5)-(7): resample the history, no gradient
                 with keep_unsharded(net):
                     history = make_history(
-                        net, x[:, :-1], c, args.shift, args.resample_steps, args.noise, rng
+                        net,
+                        x[:, :-1],
+                        c,
+                        s=args.shift,
+                        steps=args.resample_steps,
+                        noise=args.noise,
+                        rng=rng,
                     )
                 history_seconds += clock(device) - history_began
 
-                # lines 10-12: draw t per frame, add noise, compare v with eps - x, Eq. (4)
+                # lines 10-12, Eqs. (3), (4): draw t per frame, add noise, compare v with eps - x
                 part_loss = flow_matching_loss(model, x, c, history, args.time_shift, rng)
                 (part_loss / args.accumulate).backward()
             loss += part_loss.detach() / args.accumulate
 
-        # update: clip the gradient, step the weights, then their moving average
+        # Algorithm 1, last line: clip the gradient, step the weights, then their moving average
         loss, stop = all_reduce_loss_and_stop(loss, stop_requested, world)
         norm = clip_gradient(net, args)
         check_finite(loss, norm, step, args)
@@ -153,34 +165,43 @@ def main(argv):
         update_ema(ema, net, args.ema, step)
 
         done = step + 1
-        seconds = clock(device) - began
+        seconds = clock(device) - began - data_seconds
         if rank == 0:
-            entry = {"step": done, "loss": loss, "lr": lr, "norm": norm}
-            entry |= {"history": make_history.__name__, "seconds": seconds}
-            entry |= {"history_seconds": history_seconds, "data_seconds": waits.pop()}
+            entry = {
+                "step": done,
+                "loss": loss,
+                "lr": lr,
+                "norm": norm,
+                "history": make_history.__name__,
+                "seconds": seconds,
+                "history_seconds": history_seconds,
+                "data_seconds": data_seconds,
+            }
             append_log(args.out, entry)
-            bar.set_postfix_str(f"loss {loss:.3f}, history {history_seconds / seconds:.0%} of it")
+            share = history_seconds / seconds
+            bar.set_postfix_str(f"loss {loss:.3f}, history {share:.0%} of the step")
 
         show = done % args.sample_every == 0 or done == args.steps
         if show or stop or done % args.save_every == 0:
             save(net, ema, optimizer, done, args)
         if show:
-            call_on_rank_0(log_samples, held_out, args, done, device)
+            call_on_rank_0(log_samples, shown, args, done, device)
         if stop:
             break
 
     bar.close()
+    batches.close()
     stop_requested.restore_handlers()
     if done < args.steps:
-        print(f"stopped at step {done}; go on with: python train.py --resume --out {args.out}")
+        print(f"stopped at step {done}; continue with: python train.py --resume --out {args.out}")
     else:
-        call_on_rank_0(report, held_out, args, cost, world, device)
+        call_on_rank_0(report, shown, args, cost, world, device)
     del model  # see leave_group
     leave_processes()
 
 
 class ClipNoise:
-    """Random numbers whose row i comes from a generator of clip i's own, seeded by (seed, i).
+    """Random numbers whose row i comes from its own generator, seeded by (seed, indices[i]).
 
     Takes the place of torch in rf's functions (`rng`). A step then draws the same noise on any
     number of processes, and a checkpoint needs no random state to continue bit for bit.
@@ -218,7 +239,7 @@ def history_at(step, args):
 
 
 def learning_rate(step, args):
-    """Rise linearly to --lr in --lr-warmup steps, then decay to 0 at --steps."""
+    """Rise linearly to --lr in --lr-warmup steps; then decay to 0 at --steps, or stay constant."""
     if step < args.lr_warmup:
         return args.lr * (step + 1) / args.lr_warmup
 
@@ -288,8 +309,10 @@ def parse(argv):
 
     args = parser.parse_args(argv)
     if args.resume:
-        folder = run_folder(args.out or latest_run())
-        parser.set_defaults(**flags_of_run(folder))
+        folder = args.out or latest_run()
+        if folder.is_file():
+            folder = folder.parent  # --out RUN/ckpt.pt
+        parser.set_defaults(**flags_of_run(folder, parser))
     elif args.preset.startswith("wan"):
         parser.set_defaults(**PAPER)
 
@@ -321,7 +344,7 @@ def add_data_flags(add):
         help="let sprites pass behind a wall")
     add("--withheld", type=fraction, default=0.0,
         help="fraction of sprite clips without a caption (default: %(default)s)")
-    add("--workers", type=bounded_int(0, 1024),
+    add("--workers", type=bounded_int(0, 64),
         help="processes that decode videos (default: 2; none for sprites)")
 
 
@@ -354,7 +377,7 @@ def add_method_flags(add):
     add("--resample-steps", type=bounded_int(1, 1000), default=1,
         help="Euler steps from t_s to 0, Eq. (5) (default: %(default)s)")
     add("--resample-share", type=fraction, default=1.0,
-        help="fraction of batches whose history is redrawn (default: %(default)s)")
+        help="fraction of batches whose history is resampled (default: %(default)s)")
     add("--noise", type=fraction, default=0.3,
         help="highest noise level of --history noise (default: %(default)s)")
     add("--time-shift", type=positive_float, default=2.0,
@@ -375,7 +398,7 @@ def add_optimizer_flags(add):
     add("--lr-warmup", type=nonnegative_int, default=100,
         help="steps in which the learning rate rises (default: %(default)s)")
     add("--decay", choices=("constant", "linear", "cosine"), default="linear",
-        help="how the learning rate falls to 0 at --steps (default: %(default)s)")
+        help="how the learning rate falls to 0 at --steps, or constant (default: %(default)s)")
     add("--clip", type=positive_float, default=1.0,
         help="clip the norm of the gradient to this (default: %(default)s)")
     add("--ema", type=bounded_float(0, 0.999999), default=0.998,
@@ -385,7 +408,7 @@ def add_optimizer_flags(add):
 
 
 def add_run_flags(add):
-    add("--out", type=Path,
+    add("--out", type=folder_path,
         help="the run's folder (default: a new numbered one under runs/)")
     add("--init", type=Path,
         help="start from the weights of another run (its folder or ckpt.pt), or from Wan's")
@@ -397,8 +420,9 @@ def add_run_flags(add):
 
 def add_picture_flags(add):
     add("--sample-every", type=positive_int, default=500,
-        help="steps between pictures and held-out losses (default: %(default)s)")
-    add("--sample-steps", type=bounded_int(1, 10_000), default=4,
+        help="steps between pictures; the log gets the loss of 16 clips then: held_out_loss of "
+             "sprites, clip_loss of a folder, which holds out none (default: %(default)s)")
+    add("--sample-steps", type=bounded_int(1, 1000), default=4,
         help="Euler steps per frame in pictures (default: %(default)s)")
     add("--sample-shift", type=positive_float, default=5.0,
         help="Eq. (7) on these steps; higher: more of them at high noise (default: %(default)s)")
@@ -424,32 +448,54 @@ def add_plan_flags(add):
         help="print what a run would cost, and stop")
     add("--gpus", type=bounded_int(1, 10**6), default=1,
         help="devices that share the batch (default: %(default)s)")
-    add("--gpu-memory", type=positive_float, default=141.0,
+    add("--gpu-memory", type=bounded_float(1e-3, 1e6), default=141.0,
         help="GiB on each (default: %(default)s)")
-    add("--tflops", type=positive_float, default=989.0,
+    add("--tflops", type=bounded_float(1e-3, 1e6), default=989.0,
         help="peak speed of each in 1e12 FLOPs per second (default: %(default)s)")
 # fmt: on
 
 
-def run_folder(path):
-    """The folder of a run that is named by its folder or its ckpt.pt."""
-    return path.parent if path.is_file() else path
+def folder_path(text):
+    """An argparse type: the path of a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("got '', wanted a folder")
+    return Path(text)
 
 
-def flags_of_run(folder):
-    """The flags that a run was started with, for --resume."""
+def flags_of_run(folder, parser):
+    """The flags that a run was started with, for --resume.
+
+    Raises ValueError if the parser would refuse one of them.
+    """
     refuse_if_in_use(folder)
-    flags = dict(read_checkpoint(folder)["args"])
-    for name in ("resume", "device", "init", "words", "fsdp", "out"):
-        flags.pop(name, None)
-    return flags
+    usual = vars(parser.parse_args([]))
+    for name in ("resume", "device", "init", "fsdp", "out"):
+        del usual[name]
+    saved = read_checkpoint(folder)["args"]
+    names = [name for name in usual if name in saved]
+
+    argv = []
+    for name in names:
+        value = saved[name]
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, tuple):
+            value = "x".join(map(str, value))  # --size 480x832
+        if type(value) is not type(usual[name]) or value != usual[name]:
+            argv.append(flag if value is True else f"{flag}={value}")
+    parser.exit_on_error = False
+    try:
+        flags = vars(parser.parse_args(argv))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{folder} is no run of train.py: {one_line(error)}") from None
+    parser.exit_on_error = True
+    return {name: flags[name] for name in names}
 
 
 def check(args):
     """Raise ValueError for flags that cannot work, before any data is opened."""
     if args.resume and args.init:
         raise ValueError(
-            f"--init {args.init}: --resume goes on with its own weights; leave out one of them"
+            f"--init {args.init}: --resume continues with its own weights; leave out one of them"
         )
     if args.init and not args.init.exists():
         raise ValueError(
@@ -464,8 +510,8 @@ def check(args):
     check_network(args)
 
     parts = world_size(args) * args.accumulate
-    of = f"the processes ({world_size(args)}) times --accumulate"
-    check_divisible("--batch", args.batch, parts, of)
+    unit_name = f"the processes ({world_size(args)}) times --accumulate"
+    check_divisible("--batch", args.batch, parts, unit_name)
 
 
 def check_network(args):
@@ -480,18 +526,20 @@ def check_network(args):
             f"--dim {dim} cannot be split into --heads {heads} of an even width; "
             f"--dim {round_up(dim, 2 * heads)} would work"
         )
-    check_divisible("--frames", args.frames, chunk, "the chunk")
     if args.frames < 2 * chunk and args.history != "teacher":
         raise ValueError(
             f"--frames {args.frames}: wanted two or more chunks of {chunk}, or there is no history "
-            f"to redraw; {2 * chunk} would work, or --history teacher"
+            f"to resample; {2 * chunk} would work, or --history teacher"
         )
+    check_divisible("--frames", args.frames, chunk, "the chunk")
 
 
-def check_divisible(flag, value, unit, of):
+def check_divisible(flag, value, unit, unit_name):
+    """Raise ValueError, with the next value that would work, if unit does not divide value."""
     if value % unit:
         raise ValueError(
-            f"{flag} {value} is not divisible by {unit}, {of}; {round_up(value, unit)} would work"
+            f"{flag} {value} is not divisible by {unit}, {unit_name}; "
+            f"{round_up(value, unit)} would work"
         )
 
 
@@ -504,20 +552,26 @@ def check_folder(args):
 
 
 def refuse_other_run(out):
-    """Raise ValueError if there is a run in the folder, or the folder is a file."""
-    if (out / "ckpt.pt").is_file():
-        way_out = "add --resume to go on with it"
-    else:
-        way_out = "it saved no checkpoint: delete it"
-    files = out, out / "ckpt.pt", out / "config.json", out / "log.jsonl"
-    if any(file.is_file() for file in files):
-        raise ValueError(f"--out {out} already holds another run; {way_out}, or name a new folder")
+    """Raise ValueError if the folder holds a run or a config.json, or is a file."""
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file; wanted a folder")
+    if (out / "ckpt.pt").exists():
+        raise ValueError(
+            f"--out {out} already holds another run; add --resume to continue it, or name a new "
+            "folder"
+        )
+    if (out / "log.jsonl").exists():
+        raise ValueError(
+            f"--out {out} already holds another run, which saved no checkpoint; name a new folder"
+        )
+    if (out / "config.json").exists():
+        raise ValueError(f"--out {out} holds config.json already; name a new folder")
 
 
 def check_sizes(args, data, config):
     """Raise ValueError if patches do not tile the frames, or hold more than a token can carry."""
     unit = config.patch if data else WAN_SCALE * config.patch
-    for side in frame_size(args, data):
+    for side in sides(data.size if data else args.size):
         check_divisible("--size", side, unit, "the patch")
 
     values = config.channels * config.patch**2
@@ -564,19 +618,19 @@ def join_processes(args):
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # pictures take a while
         atexit.register(leave_group)
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # only process 0 speaks
+        sys.stdout = open(os.devnull, "w")  # only rank 0 prints
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def leave_processes():
-    """Leave the group, all at once."""
+    """Wait for all processes, then destroy the process group."""
     if dist.is_initialized():
         dist.barrier()
         leave_group()
 
 
 def leave_group():
-    """Leave the group. Nothing but torch's own registry should hold it any more.
+    """Destroy the process group. Delete all other references to the group first.
 
     Gloo's threads need the GIL to free their last tensors, and its destructor waits for them. If
     DistributedDataParallel held the group last, it would wait with the GIL, that is for ever.
@@ -617,7 +671,7 @@ def call_on_rank_0(function, *args):
     if dist.get_rank() == 0:
         answer = [call_on_all(function, *args)]
     else:
-        answer = [call_on_all(tuple)]  # does nothing, and hears of an error
+        answer = [call_on_all(tuple)]  # only takes part in the exchange of errors
     dist.broadcast_object_list(answer)
     return answer[0]
 
@@ -653,7 +707,7 @@ def keep_unsharded(net):
 
 
 class StopRequested:
-    """Note SIGINT and SIGTERM, so that the loop can finish its step and save."""
+    """Record SIGINT and SIGTERM, so that the loop can finish its step and save."""
 
     def __init__(self):
         self.value = False
@@ -689,6 +743,7 @@ def clock(device):
 
 
 def autocast(args, device):
+    """Context: the --precision of the network's passes."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -699,25 +754,19 @@ def open_training_data(args):
     return open_data(args)
 
 
-def frame_size(args, data):
-    """(height, width) of the data's frames; without data, of --size in pixels."""
-    size = data.size if data else args.size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def record_data(args, data):
-    """Add to args what a checkpoint must know of the data: its frames' size, rate and words."""
+    """Add to args the frame size, rate and vocabulary, so that checkpoints record them."""
     scale = 1 if data else WAN_SCALE
-    args.height, args.width = (side // scale for side in frame_size(args, data))
+    args.height, args.width = (side // scale for side in sides(data.size if data else args.size))
     if data:
         args.rate = data.fps
         args.words = data.words and [data.words.vocabulary, data.words.rows]
 
 
 class BatchSampler:
-    """The clip numbers of each step's batch, as far as they are this process's share.
+    """This process's share of the clip numbers of each step's batch.
 
-    Step i of a run trains on clips i · batch to (i + 1) · batch - 1, whatever the processes.
+    Step i of a run trains on clips i · batch to (i + 1) · batch - 1, for any number of processes.
     """
 
     def __init__(self, start, steps, batch, rank, world):
@@ -793,7 +842,7 @@ def make_config(args, data):
 
 
 def build(args, config, device):
-    """Make or load what training changes. Returns (network, its average, optimizer, first step).
+    """Build the network, its EMA and the optimizer. Returns them and the first step.
 
     The weights are new, or those of --init; with --resume all of it comes from the checkpoint.
     """
@@ -812,8 +861,7 @@ def build(args, config, device):
         net.compile_blocks()
     optimizer = make_optimizer(net, args.lr)
     if args.resume:
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=whole)
+        load_moments(net, optimizer, state, args.out)
         return net, ema, optimizer, state["step"]
     return net, ema, optimizer, 0
 
@@ -833,8 +881,9 @@ def fill_weights(net, args):
 
     state = read_checkpoint(path)
     check_same_shape(state["config"], asdict(net.config), path)
+    check_same_words(state, args, path)
     if args.resume:
-        check_same_run(state, args)
+        check_same_run(state, net, args)
     load_weights(net, state["model" if args.resume else "ema"], path)
     return state
 
@@ -849,20 +898,69 @@ def check_same_shape(theirs, ours, path):
         raise ValueError(f"the model of {path} has another shape: {'; '.join(wrong)}")
 
 
-def check_same_run(state, args):
-    """Raise ValueError if the run is already beyond --steps, or its captions have changed."""
+def check_same_words(state, args, path):
+    """Raise ValueError if the captions' vocabulary is not the one the weights were trained on.
+
+    --init may add captions to a run without, or leave them out.
+    """
+    theirs = state["args"].get("words")
+    same = theirs == args.words
+    if args.init:
+        both = isinstance(theirs, list) and args.words
+        same = not both or theirs[:1] == args.words[:1]  # the vocabulary
+    if not same:
+        raise ValueError(
+            f"--data {args.data}: the captions differ from those {path} was trained on"
+        )
+
+
+def check_same_run(state, net, args):
+    """Raise ValueError if training cannot continue from the checkpoint; warn of other clips."""
+    step = state["step"]
     if "optimizer" not in state:
         raise ValueError(f"{args.out} holds no optimizer state to resume; --init would work")
-    if state["step"] > args.steps:
+    if step < 0 or (step > 0 and not has_moments(state["optimizer"], net)):
         raise ValueError(
-            f"--steps {args.steps}: the run in {args.out} is already at step {state['step']}; "
-            "more would go on"
+            f"{args.out} holds step {step} and no optimizer state that fits its weights; --init "
+            "would work"
         )
-    if state["args"].get("words") != args.words:
+    if step > args.steps:
         raise ValueError(
-            f"--data {args.data} has other captions than when {args.out} began: its words would "
-            "change their meaning"
+            f"--steps {args.steps}: the run in {args.out} is already at step {step}; a larger "
+            "--steps would work"
         )
+
+    was = state["args"]
+    changed = [name for name in WORLD_FLAGS if name in was and was[name] != vars(args)[name]]
+    if changed:
+        texts = [f"--{name} {was[name]} -> {vars(args)[name]}" for name in changed]
+        print(f"warning: the clips differ from those of the steps so far: {', '.join(texts)}")
+
+
+def has_moments(state, net):
+    """Whether an optimizer's state holds both moments of each of the network's parameters."""
+    try:
+        moments = state["state"]
+        for name, p in net.named_parameters():
+            if moments[name]["step"].numel() != 1:
+                return False
+            for z in (moments[name]["exp_avg"], moments[name]["exp_avg_sq"]):
+                if (z.shape, z.dtype) != (p.shape, p.dtype):
+                    return False
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def load_moments(net, optimizer, state, path):
+    """Load a checkpoint's optimizer state. Raises ValueError if torch cannot."""
+    whole = StateDictOptions(full_state_dict=True)
+    try:
+        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=whole)
+    except Exception as error:  # the exception class depends on the damage
+        raise ValueError(
+            f"the optimizer state of {path} is damaged ({one_line(error)}); --init would work"
+        ) from None
 
 
 def clip_gradient(net, args):
@@ -912,7 +1010,7 @@ def save(net, ema, optimizer, step, args):
 
 
 def write_checkpoint(path, state):
-    """Replace path by state, whole or not at all: a kill at any moment leaves the last good one.
+    """Save atomically: a kill at any moment leaves the last good checkpoint.
 
     Raises RunFailed if the disk is full or not writable.
     """
@@ -928,10 +1026,10 @@ def write_checkpoint(path, state):
             part.unlink(missing_ok=True)
         # torch's own writer turns an OSError into a RuntimeError about inline_container.cc
         reason = getattr(error, "strerror", None) or "disk full or not writable"
-        if path.exists():
-            way_out = f"{path} is as it was: make room, then --resume"
-        else:
-            way_out = "nothing is saved yet"
+        full = getattr(error, "errno", errno.ENOSPC) == errno.ENOSPC
+        way_out = f"{path} is unchanged" if path.exists() else "nothing is saved yet"
+        if full and path.exists():
+            way_out += ": free disk space, then --resume"
         raise RunFailed(
             f"could not save step {state['step']} to {path} ({reason}); {way_out}"
         ) from None
@@ -952,13 +1050,23 @@ def open_folder(args, start):
         out = args.out or new_folder()
         out.mkdir(parents=True, exist_ok=True)
         lock_folder(out)
-    if not args.resume:
-        refuse_other_run(out)  # it may have come and gone while the data was opened
+    if args.resume:
+        delete_parts(out)
+    else:
+        refuse_other_run(out)  # another run may have used the folder meanwhile
     with name_in_errors(out / "log.jsonl"):
         cut_log(out / "log.jsonl", start)
     with name_in_errors(out / "config.json"):
         (out / "config.json").write_text(json.dumps(jsonable(args) | {"out": str(out)}, indent=1))
     return out
+
+
+def delete_parts(out):
+    """Delete the half-written files of a killed run."""
+    for pattern in ("ckpt.pt.part", "log.part", "samples/.step_*", "samples/.final*"):
+        for path in out.glob(pattern):
+            with suppress(OSError):
+                path.unlink()
 
 
 def new_folder():
@@ -1012,17 +1120,20 @@ def try_lock(lock, kind):
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
-        print("warning: this file system has no locks; start one run only in a folder")
+        print(
+            "warning: this file system does not support locks; do not start two runs in one folder"
+        )
     return True
 
 
 def in_use(out):
+    """The ValueError for a folder whose lock another process holds."""
     process = (out / ".lock").read_text(errors="replace")
     return ValueError(f"{out} is in use by process {process}; wait for it, or name another --out")
 
 
 def cut_log(path, step):
-    """Keep of a log only what was written up to `step`; report lines that cannot be read."""
+    """Delete log entries after `step`; warn of damaged lines."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     entries = [(line, read_entry(line)) for line in lines]
     kept = [line for line, entry in entries if entry and entry["step"] <= step]
@@ -1047,7 +1158,7 @@ def read_entry(line):
 
 
 def append_log(out, entry):
-    """Add a line to log.jsonl. A full disk costs the line, not the run."""
+    """Add a line to log.jsonl. If the disk is full, warn and continue."""
     path = out / "log.jsonl"
     try:
         with open(path, "a") as file:
@@ -1084,12 +1195,12 @@ def attended_frames(config, n):
 class Cost(NamedTuple):
     parameters: int
     teacher: int  # FLOPs of a teacher-forcing step, over all processes
-    resample: int  # FLOPs of a resampling step
+    resample: int  # FLOPs of a resampling step; without --history parallel or resample, teacher's
     memory: dict  # {part: bytes in each process}
 
 
 def plan(args, config, words, world):
-    """What a step costs, from the sizes alone.
+    """Estimate the FLOPs and memory of a step, from the sizes alone.
 
     words: text rows L of a clip; world: processes. Returns a `Cost`.
     """
@@ -1097,7 +1208,8 @@ def plan(args, config, words, world):
     P = config.chunk * args.height * args.width // config.patch**2
     teacher = 3 * args.batch * flops(config, N, N - 1, P, words)  # backward costs two forwards
     resample = teacher
-    if N > 1:
+    resamples = args.history in ("parallel", "resample")
+    if N > 1 and resamples:
         first_step = flops(config, N - 1, N - 2, P, words)
         later_steps = (args.resample_steps - 1) * flops(config, N - 1, 0, P, words)
         resample += args.batch * (first_step + later_steps)
@@ -1113,7 +1225,7 @@ def plan(args, config, words, world):
     shards = world if args.fsdp else 1
     gathered = 0
     if args.fsdp:
-        gathered = weights if args.history == "resample" else 2 * block
+        gathered = weights if resamples else 2 * block
     memory = {
         "weights": weights / shards,
         "gradients": weights / shards,
@@ -1130,12 +1242,14 @@ def print_cost(args, config, cost, world, device_type):
     """Print the size of a step."""
     frames = args.batch * (2 * args.frames - config.chunk)
     tokens = frames * args.height * args.width // config.patch**2
-    print(
+    text = (
         f"{args.data}: clips of {args.frames} frames, {args.height} x {args.width}, {args.batch} "
         f"per step\n{cost.parameters:,} parameters on {world} x {device_type}, {args.precision}; "
-        f"{tokens:,} tokens and {cost.teacher:.2e} FLOPs per teacher-forcing step, "
-        f"{cost.resample:.2e} per resampling step"
+        f"{tokens:,} tokens and {cost.teacher:.2e} FLOPs per teacher-forcing step"
     )
+    if cost.resample > cost.teacher:
+        text += f", {cost.resample:.2e} per resampling step"
+    print(text)
 
 
 def print_start(args, config, cost, world, device, start):
@@ -1164,11 +1278,12 @@ def print_plan(args, config, cost, world):
     first, second = cost.teacher / speed, cost.resample / speed
     later = max(0, args.steps - args.warmup)
     hours = (first * (args.steps - later) + second * later) / 3600
-    print(
-        f"at {args.tflops:g} TFLOPS and an MFU of {MFU:g}: {first:.1f} s per teacher-forcing step, "
-        f"{second:.1f} s per resampling step ({second / first:.2f} x), {hours:,.0f} hours for "
-        f"{args.steps:,} steps"
+    text = (
+        f"at {args.tflops:g} TFLOPS and an MFU of {MFU:g}: {first:.1f} s per teacher-forcing step"
     )
+    if second > first:
+        text += f", {second:.1f} s per resampling step ({second / first:.2f} x)"
+    print(f"{text}, {hours:,.0f} hours for {args.steps:,} steps")
 
 
 def savings(args, world):
@@ -1180,18 +1295,6 @@ def savings(args, world):
     if args.batch > world * args.accumulate:
         flags.append("more --accumulate")
     return [*flags, "fewer --frames"]
-
-
-def rollout_window(config, frames):
-    """The cache's window for rollouts of a network trained on clips of `frames` frames.
-
-    That of training, so that no relative position is new however long the rollout is. None if
-    clips are single frames.
-    """
-    longest = frames // config.chunk - 1
-    if config.window:
-        longest = min(longest, config.window + 1)
-    return longest or None
 
 
 def continue_clips(net, clips, frames, args):
@@ -1221,12 +1324,13 @@ def log_samples(clips, args, step, device):
     with autocast(args, device):
         videos = continue_clips(net, clips, args.frames, args)
         write_comparison(args.out / "samples" / f"step_{step:06d}", videos, clips.fps)
-        loss = held_out_loss(net, clips, args, device)
-    append_log(args.out, {"step": step, "held_out_loss": loss})
+        loss = loss_of_clips(net, clips, args, device)
+    name = "held_out_loss" if args.data == "sprites" else "clip_loss"
+    append_log(args.out, {"step": step, name: loss})
 
 
 @torch.no_grad()
-def held_out_loss(net, clips, args, device):
+def loss_of_clips(net, clips, args, device):
     """The mean loss of 16 clips under teacher forcing, with the same noise at every step."""
     losses = []
     for i in range(16):
@@ -1257,6 +1361,12 @@ def report(clips, args, cost, world, device):
         f"look at {path}.gif and {path}.png (truth above, rollout below), then try\n"
         f"  python sample.py{prompt} --checkpoint {args.out}"
     )
+
+
+def has_times(entry):
+    """Whether a log entry is a step's, with all that `print_speed` reads."""
+    times = [entry.get(name) for name in ("seconds", "history_seconds", "data_seconds")]
+    return isinstance(entry.get("history"), str) and all(isinstance(z, float) for z in times)
 
 
 def measure_rollouts(net, frames, args):
@@ -1290,7 +1400,7 @@ def print_speed(args, cost, world, device):
     history are teacher-forcing steps, taken in the same minutes.
     """
     entries = map(read_entry, (args.out / "log.jsonl").read_text(errors="replace").splitlines())
-    steps = [entry for entry in entries if entry and "data_seconds" in entry]
+    steps = [entry for entry in entries if entry and has_times(entry)]
     if not steps:
         return
     names = np.array([step["history"] for step in steps])
