@@ -351,9 +351,11 @@ class OneLineParser(argparse.ArgumentParser):
         stop(one_line(message), 2)
 
 
-def new_parser(doc):
+def new_parser(doc, usage="%(prog)s [flags]"):
     """Make a parser whose -h opens with `doc` as it is, and whose errors are one line."""
-    return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return OneLineParser(
+        usage=usage, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def run_main(main, argv):
@@ -382,7 +384,7 @@ def path_type(text):
 # fmt: off
 def parse(argv):
     """Parse the command line. Flags that depend on the run stay None, see `fill_unset`."""
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "%(prog)s [PROMPT ...] [flags]")
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT",
         help="text to show; without one, generate unconditionally")

@@ -1728,6 +1728,14 @@ def test_a_video_that_fails_leaves_the_one_before(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ("a.mp4", "a.gif"))
+def test_a_write_that_fails_leaves_no_file(name, tmp_path):
+    with pytest.raises(ZeroDivisionError), writer(tmp_path / name) as write:
+        write(torch.zeros(2, 3, 8, 8))
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_hidden_file_of_the_user_survives_a_video_of_its_name(tmp_path):
     for name in (".a.mp4", ".a.gif", ".a.npz", ".a.png"):
         (tmp_path / name).write_text("mine")
