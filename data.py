@@ -1050,7 +1050,9 @@ def resize_graph(frame_width, frame_height, colours, height, width, thread):
     source = graph.add_buffer(
         width=frame_width, height=frame_height, format=colours[0], time_base=Fraction(1)
     )
-    scale = graph.add("scale", f"{width}:{height}:force_original_aspect_ratio=increase")
+    scale = graph.add(
+        "scale", f"{width}:{height}:force_original_aspect_ratio=increase:flags=bilinear"
+    )
     rgb = graph.add("format", "rgb24")  # makes scale convert, too, in one pass
     crop = graph.add("crop", f"{width}:{height}")
     sink = graph.add("buffersink")

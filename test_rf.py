@@ -1411,7 +1411,7 @@ def test_the_whole_video_is_what_ffmpeg_decodes_and_its_fps_filter_returns(long_
         path = long_files / name
         for fps, stride in ((0.0, 2), (7.0, 1)):
             steps = [("fps", str(fps))] if fps else []
-            steps += [("scale", "12:8:force_original_aspect_ratio=increase")]
+            steps += [("scale", "12:8:force_original_aspect_ratio=increase:flags=bilinear")]
             steps += [("format", "rgb24"), ("crop", "12:8")]
             ours = np.stack(list(read_frames(path, (8, 12), fps, stride)))
             theirs = iio.imread(path, plugin="pyav", filter_sequence=steps)[::stride]
@@ -3966,7 +3966,7 @@ CUTS = {
     "sample.py": "--frames 18 --steps 1 --samples 1 --device cpu",
     "encode": "--size 32x48 --frames 21 --device cpu",
     "results/bench_attention.py": "--frames 3 --tokens 4 --batch 1 --repeats 1 --device cpu",
-    "results/bench_video.py": "--files 2 --seconds 1",
+    "results/bench_video.py": "--files 2 --batch 2 --repeats 1",
 }
 
 SHIM = """#!{python}

@@ -87,7 +87,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--files", type=int, default=60, help="small clips of 64 frames")
-    parser.add_argument("--side", type=int, default=128, help="their height and width")
+    parser.add_argument("--side", type=int, default=256, help="their height and width")
     parser.add_argument("--size", type=int, default=64, help="read at this size")
     parser.add_argument("--batch", type=int, default=8, help="clips in a batch")
     parser.add_argument("--frames", type=int, default=16, help="frames in a clip")
