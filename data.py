@@ -150,9 +150,9 @@ def triangle(x, y):
 SHAPES = {"circle": circle, "square": square, "triangle": triangle}
 
 
-def radius_of(size, wall):
-    """Radius of the sprites in pixels; smaller beside a wall, so that it can hide them whole."""
-    return size * (0.15 if wall else 0.19)
+def radius_of(size):
+    """Radius of the sprites in pixels: they can pass each other, and a wall can hide them whole."""
+    return 0.14 * size
 
 
 def wall_columns(size):
@@ -181,13 +181,22 @@ def paint(at, shape, colour, size, wall=False, shown=None):
     at (..., S, 2) in pixels; shape and colour (..., S) or (S,) indices; shown (..., S) in [0, 1] or
     None: opacity of each sprite.
     """
-    colour = colour.expand(at.shape[:-1])
-    cover = coverage(at, shape, size, radius_of(size, wall))
+    cover = coverage(at, shape, size, radius_of(size))
     if shown is not None:
         cover = cover * shown[..., None, None]
+    return compose(cover, colour, wall)
 
-    picture = BACKGROUND[:, None, None].expand(*at.shape[:-2], 3, size, size)
-    for s in reversed(range(at.shape[-2])):
+
+def compose(cover, colour, wall):
+    """Lay colours over the background, the first in front: (..., 3, size, size) in [-1, 1].
+
+    cover (..., S, size, size) in [0, 1]: how much of each pixel a sprite covers. colour (..., S) or
+    (S,) indices.
+    """
+    S, size, _ = cover.shape[-3:]
+    colour = colour.expand(cover.shape[:-2])
+    picture = BACKGROUND[:, None, None].expand(*cover.shape[:-3], 3, size, size)
+    for s in reversed(range(S)):
         alpha = cover[..., s, None, :, :]
         picture = picture + alpha * (PALETTE[colour[..., s]][..., None, None] - picture)
     if wall:
@@ -227,7 +236,7 @@ class Sprites:
     fps = 8
 
     def __init__(
-        self, size=16, frames=12, seed=0, split="train", objects=2, wall=False, withheld=0.0
+        self, size=32, frames=12, seed=0, split="train", objects=2, wall=False, withheld=0.0
     ):
         if not 1 <= objects <= len(COLOURS):
             raise ValueError(
@@ -260,7 +269,7 @@ class Sprites:
         shape = rng.integers(len(SHAPES), size=self.objects)
 
         # TRIES scenes of S sprites
-        low = radius_of(self.size, self.wall)
+        low = radius_of(self.size)
         high = self.size - low
         start = rng.uniform(low, high, (TRIES, self.objects, 2))
         speed = rng.uniform(*SPEED, start.shape[:2]) * self.size
@@ -276,7 +285,7 @@ class Sprites:
     def around_wall(self, start, angle):
         """Start visible, otherwise there is nothing to remember; then move mostly sideways."""
         aside = start[..., 0] - self.size / 2
-        room = self.size / 2 - radius_of(self.size, self.wall)
+        room = self.size / 2 - radius_of(self.size)
         start[..., 0] += np.sign(aside) * (1 - abs(aside) / room) * WALL_HALF * self.size
 
         half, tilt = np.divmod(angle, np.pi)
@@ -284,7 +293,7 @@ class Sprites:
 
     def least_overlap(self, start, step):
         """Index of the scene whose sprites overlap least: start and step (TRIES, S, 2)."""
-        margin = radius_of(self.size, self.wall)
+        margin = radius_of(self.size)
         start, step = start.astype(np.float32), step.astype(np.float32)
         at = glide(start, step, HORIZON, margin, self.size - margin)  # (HORIZON, TRIES, S, 2)
 
@@ -555,7 +564,7 @@ def fit_sprites(picture, S, wall):
     it is not there; error (F,): squared distance, 1 for an empty picture where S - 1 sprites are.
     """
     size = picture.shape[-1]
-    radius = radius_of(size, wall)
+    radius = radius_of(size)
     at, shape, colour, there = match_sprites(picture, S, wall)
     at, shape, error = descend(picture, at, shape, colour, there, wall)
 
@@ -581,7 +590,8 @@ def fit_sprites(picture, S, wall):
     there[near] = there[near][:, swap]
 
     clear = visible_share(at, shape, there, size, wall)
-    full = colour_energy().mean() * templates(size, wall).square().sum((1, 2, 3)).mean() * (S - 1)
+    area = templates(size).square().sum((1, 2, 3)).mean()
+    full = colour_energy().mean() * area * (S - 1)
     error = error / full
     if not wall:  # without a wall an empty picture is never right
         error = torch.where(there.any(1), error, error.clamp(min=1))
@@ -593,9 +603,9 @@ def colour_energy():
     return (PALETTE - BACKGROUND).square().sum(-1)
 
 
-def templates(size, wall):
+def templates(size):
     """Coverage of each shape in a small window around its centre: (shapes, 1, window, window)."""
-    radius = radius_of(size, wall)
+    radius = radius_of(size)
     half = int(radius * 1.3) + 2
     centre = torch.full((len(SHAPES), 2), half + 0.5)
     return coverage(centre, torch.arange(len(SHAPES)), 2 * half + 1, radius)[:, None]
@@ -608,9 +618,9 @@ def match_sprites(picture, S, wall):
     and colour (F, S), there (F, S) bool.
     """
     F_, size = len(picture), picture.shape[-1]
-    radius = radius_of(size, wall)
+    radius = radius_of(size)
     energy = colour_energy()
-    kernel = templates(size, wall)
+    kernel = templates(size)
     inside = (torch.arange(size) + 0.5 - size / 2).abs() <= size / 2 - radius + 0.5
     inside = inside & inside[:, None]
 
@@ -654,28 +664,46 @@ def descend(picture, at, shape, colour, there, wall):
     The first step tries every shape too. Returns new (at, shape) and the squared error (F,).
     """
     size = picture.shape[-1]
+    radius = radius_of(size)
     moves = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))  # (9, 2)
     every = torch.arange(len(at))
+    at, shape = at.clone(), shape.clone()
 
     for step in (0.5, 0.25, 0.125, 0.0625, 0.03125):
         turns = len(SHAPES) if step == 0.5 else 1
         for s in there.any(0).nonzero()[:, 0].tolist():
-            # candidates (F, turns * 9, S, ...), which differ in sprite s alone
-            tried_at = at[:, None].repeat(1, turns * len(moves), 1, 1)
-            tried_at[:, :, s] += step * moves.repeat(turns, 1)
-            tried_shape = shape[:, None].repeat(1, turns * len(moves), 1)
-            tried_shape[:, :, s] += torch.arange(turns).repeat_interleave(len(moves))
-            tried_shape %= len(SHAPES)
+            # candidates (F, turns · 9, ...), which differ in sprite s alone
+            tried_at = at[:, None, s] + step * moves.repeat(turns, 1)
+            turn = torch.arange(turns).repeat_interleave(len(moves))
+            tried_shape = (shape[:, None, s] + turn) % len(SHAPES)
 
-            tried_colour = colour[:, None].expand_as(tried_shape)
-            shown = there[:, None].float()
-            drawn = paint(tried_at, tried_shape, tried_colour, size, wall, shown)
-            best = (drawn - picture[:, None]).square().sum((2, 3, 4)).argmin(1)
-            at = tried_at[every, best]
-            shape = tried_shape[every, best]
+            first, second = error_of_cover(picture, at, shape, colour, there, s, wall)
+            cover = coverage(tried_at, tried_shape, size, radius)
+            error = (cover * (first[:, None] + cover * second[:, None])).sum((2, 3))
+            best = error.argmin(1)
+            at[:, s] = tried_at[every, best]
+            shape[:, s] = tried_shape[every, best]
 
     drawn = paint(at, shape, colour, size, wall, there.float())
     return at, shape, (drawn - picture).square().sum((1, 2, 3))
+
+
+def error_of_cover(picture, at, shape, colour, there, s, wall):
+    """How the squared error of a pixel depends on how much of it sprite s covers, alpha.
+
+    Returns (first, second), each (F, size, size): the error is a constant + first · alpha
+    + second · alpha^2, as the drawn colour is linear in alpha. Both are 0 where s is not there.
+    """
+    cover = coverage(at, shape, picture.shape[-1], radius_of(picture.shape[-1]))
+    cover = cover * there[..., None, None]
+    cover[:, s] = 0
+    without = compose(cover, colour, wall)
+    cover[:, s] = 1
+    change = compose(cover, colour, wall) - without
+
+    change = change * there[:, s, None, None, None]
+    first = 2 * ((without - picture) * change).sum(1)
+    return first, change.square().sum(1)
 
 
 def visible_share(at, shape, there, size, wall):
@@ -683,7 +711,7 @@ def visible_share(at, shape, there, size, wall):
 
     0 for those that are not there.
     """
-    cover = coverage(at, shape, size, radius_of(size, wall)) * there[..., None, None]
+    cover = coverage(at, shape, size, radius_of(size)) * there[..., None, None]
     left = (1 - cover).cumprod(1)  # behind sprite s
     free = torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], dim=1)
     if wall:
@@ -752,7 +780,7 @@ def forecast(track, t, size, wall):
     if len(track) < 2 or track[1][0] - track[0][0] != 1:
         return np.full((2, 3, 2), np.nan)
     (_, p0), (t1, p1) = track
-    low = radius_of(size, wall)
+    low = radius_of(size)
     high = size - low
 
     # a bounce mirrors the earlier position at the edge
@@ -778,7 +806,7 @@ def may_be_hidden(predicted, visible, size, wall):
     predicted: a `forecast`, whose straight case counts; visible (n, 2). False where it is nan.
     """
     at = predicted[0][0]
-    radius = radius_of(size, wall)
+    radius = radius_of(size)
     if wall and abs(at[0] - size / 2) < WALL_HALF * size + 0.3 * radius:
         return True
     return bool((np.linalg.norm(visible - at, axis=-1) < 0.7 * radius).any())

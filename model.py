@@ -38,11 +38,14 @@ class Config:
     freq_dim: int = 256  # of the sinusoids of t
     top_k: int | None = None  # history frames that a token picks, Eq. (9); None: all
     window: int | None = None  # history frames that a frame sees, in training too; None: all
+    predict: str = "v"  # what the head returns: the velocity v, or "x", the clean frame
     eps: float = 1e-6
 
     def __post_init__(self):
+        if self.predict not in ("v", "x"):
+            raise ValueError(f'predict is {self.predict!r}; wanted "v" or "x"')
         for name, value in vars(self).items():
-            if value is None and name in ("top_k", "window"):
+            if name == "predict" or (value is None and name in ("top_k", "window")):
                 continue
             if not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name} is {value}; wanted a number above 0")
@@ -54,8 +57,8 @@ class Config:
 
 
 PRESETS = {
-    "toy": Config(),
-    "small": Config(dim=384, ffn_dim=1536, heads=6, layers=8),
+    "toy": Config(patch=8, predict="x"),
+    "small": Config(dim=384, ffn_dim=1536, heads=6, layers=8, patch=8, predict="x"),
     "wan-1.3b": Config(
         channels=16, dim=1536, ffn_dim=8960, heads=12, layers=30, patch=2, chunk=3, text_dim=4096
     ),
@@ -244,6 +247,16 @@ def patchify(x, config):
     return rearrange(x, "b f (t c) (h p) (w q) -> b f (t h w) (c p q)", **sizes)
 
 
+def velocity(x_t, t, clean):
+    """v = (x_t - x) / t, from a noisy frame and the network's estimate x of the clean one.
+
+    x_t, clean (B, N, C, height, width), t (B, N). It follows from Eq. (3), x_t = (1 - t) x + t eps,
+    and v = eps - x. t is raised to 0.05: otherwise an error of x at small t would dominate the loss
+    of v (arXiv 2511.13720).
+    """
+    return (x_t - clean) / t.clamp(min=0.05)[..., None, None, None]
+
+
 def unpatchify(x, config, rows):
     """Tokens (B, N, P, patch · patch · C) -> frames (B, N, chunk · C, height, width).
 
@@ -254,7 +267,11 @@ def unpatchify(x, config, rows):
 
 
 class CausalDiT(nn.Module):
-    """Wan 2.1's text-to-video DiT with a noise level per frame. At initialization v is 0."""
+    """Wan 2.1's text-to-video DiT with a noise level per frame.
+
+    The last layer returns v, or with `predict="x"` the clean frame, from which v follows. At
+    initialization it returns 0.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -274,7 +291,7 @@ class CausalDiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Initialize as Wan does; the zero head makes a new network return v = 0."""
+        """Initialize as Wan does; the head of a new network returns 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -308,6 +325,7 @@ class CausalDiT(nn.Module):
             history, history_t = history[:, kept], history_t[:, kept]
             n_cached, cache_first = cache.length, cache.first
 
+        x_t = x
         M, N, device = history.shape[1], x.shape[1], x.device
         height, width = x.shape[3] // config.patch, x.shape[4] // config.patch
         position = first - cache_first  # of the first noisy frame among the columns
@@ -338,8 +356,9 @@ class CausalDiT(nn.Module):
         if cache is not None:
             cache.length += M
         with torch.autocast(device.type, enabled=False):
-            v = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
-        return unpatchify(v, config, height)  # (B, N, chunk · C, height, width)
+            out = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
+        out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
+        return out if config.predict == "v" else velocity(x_t, t, out)
 
     def cache(self, batch, frames, window=None, sink=0):
         """Make an empty cache for `batch` videos of up to `frames` frames.
@@ -551,9 +570,16 @@ def load_checkpoint(path):
     state = read_checkpoint(path)
     with torch.device("meta"):  # allocates nothing: the checkpoint's tensors become the weights
         model = CausalDiT(Config(**state["config"]))
-    load_weights(model, state["ema"], path, assign=True)
+    weights = {name: full_precision(z) for name, z in state["ema"].items()}
+    load_weights(model, weights, path, assign=True)
     model.run = state["args"]
     return model.eval().requires_grad_(False)
+
+
+def full_precision(z):
+    """Weights kept in half precision (`results/pack.py`) in float32; others, and a wrong type, as
+    they are."""
+    return z.float() if torch.is_tensor(z) and z.dtype in (torch.float16, torch.bfloat16) else z
 
 
 def load_weights(model, weights, path, assign=False):

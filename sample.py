@@ -1,5 +1,6 @@
 """Generate videos of any length with a trained model, frame after frame.
 
+  python sample.py "red circle and blue square"           with the latest run, or the box's weights
   python sample.py "red circle and blue square" --checkpoint runs/001
   python sample.py "red circle and blue square" --given clip.mp4 --frames 100 --window 11
   python sample.py "red circle" --then 24 "white square"
@@ -8,7 +9,8 @@
   python sample.py --table runs/a-0 runs/a-1 runs/b-0     average earlier --eval over seeds
   python sample.py "red circle" --routing                 show which frames are picked (Fig. 8)
 
-Frames are written as they are finished. Without --checkpoint, the latest run under runs/ is used.
+Frames are written as they are finished. Without --checkpoint, the latest run under runs/ is used;
+if there is none, results/resample.pt, a trained model of the sprites.
 A video made with other settings is never replaced, unless --overwrite is given.
 
 B videos, T frames of a video, N noisy frames, M given frames, C channels, L words. A frame of the
@@ -232,7 +234,7 @@ def main(argv):
         print_tables(args)
         return
 
-    runs = args.compare or [args.checkpoint or latest_run()]
+    runs = args.compare or [args.checkpoint or default_checkpoint()]
     models = [load_run(run).to(args.device) for run in runs]
     filled = [fill_unset(args, run, model) for run, model in zip(runs, models)]
     for own, model in zip(filled, models):
@@ -262,10 +264,12 @@ SPRITE_FLAGS = {"size": int, "objects": int, "wall": bool, "withheld": (int, flo
 WORLD_FLAGS = ("data", "size", "objects", "wall")
 POSITIVE_FLAGS = ("frames", "height", "width", "stride", "rate", "size", "objects")
 
+BOX = Path(__file__).parent / "results" / "resample.pt"
 LARGEST = 10**12
 MAX_RATE = 1000  # frames per second
 MAX_VIDEOS = 256  # files that are written at once: each holds an encoder
 EVAL_BATCH = 16  # videos of --eval that are continued at once
+GIVEN = 2  # true frames of the model that --eval continues
 
 
 def bounded_int(low, high=LARGEST):
@@ -389,7 +393,8 @@ def parse(argv):
     add("prompts", nargs="*", metavar="PROMPT",
         help="text to show; without one, generate unconditionally")
     add("--checkpoint", type=path_type,
-        help="a run's folder, or its ckpt.pt (default: the latest under runs/)")
+        help="a run's folder, or its ckpt.pt (default: the latest under runs/; if there is none, "
+        "results/resample.pt)")
     add("--out", type=path_type,
         help="a folder, or one .mp4 or .gif file (default: samples/ in the run's folder)")
     add("--overwrite", action="store_true",
@@ -403,7 +408,7 @@ def parse(argv):
         "(default: %(default)s)")
     add("--guidance", type=nonnegative_float,
         help="classifier-free guidance: above 1, follow the prompt more closely; 1: off "
-        "(default: 2 for pixels, 5 for latents)")
+        "(default: 1.5 for pixels, 5 for latents)")
     add("--given", type=path_type,
         help="a video, or a picture, to continue")
     add("--given-frames", type=positive_int,
@@ -435,6 +440,8 @@ def parse(argv):
     add("--true-history", action="store_true",
         help="with --eval or --table: predict each frame from the true past, so that errors do "
         "not compound")
+    add("--from-nothing", action="store_true",
+        help="with --eval or --table: generate from the captions alone; no true frame is given")
     add("--compare", type=path_type, nargs="+", default=[], metavar="RUN",
         help="--eval of several runs on the same clips, with one picture of all")
     add("--table", type=path_type, nargs="+", default=[], metavar="RUN",
@@ -455,8 +462,12 @@ def check_flags(args):
             "leave out prompts, --given, --then and --routing"
         )
     refuse_ignored(args)
-    if args.true_history and not (measured or args.table):
-        raise ValueError("--true-history works with --eval, --compare or --table; add one of them")
+    for flag in ("true_history", "from_nothing"):
+        if vars(args)[flag] and not (measured or args.table):
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} works with --eval, --compare or --table; add one of them")
+    if args.true_history and args.from_nothing:
+        raise ValueError("--from-nothing has no --true-history; leave out one of them")
     if args.given_frames and not args.given:
         raise ValueError(f"--given-frames {args.given_frames} needs --given and a video")
     count = max(1, len(args.prompts)) * args.samples
@@ -472,7 +483,7 @@ def refuse_ignored(args):
     defaults = vars(parse([]))
     changed = [name for name, value in vars(args).items() if value != defaults[name]]
     if args.table:
-        others = [name for name in changed if name not in ("table", "true_history")]
+        others = [name for name in changed if name not in ("table", "true_history", "from_nothing")]
         if others:
             raise ValueError(f"--table prints what --eval saved; leave out {', '.join(others)}")
     if "videos" in changed and not (args.eval or args.compare):
@@ -527,7 +538,7 @@ def fill_unset(args, run, model):
     if args.steps is None:
         args.steps = 4 if of_pixels else 32
     if args.guidance is None:
-        args.guidance = 2.0 if of_pixels else 5.0
+        args.guidance = 1.5 if of_pixels else 5.0
     if args.window is None:
         args.window = rollout_window(model.config, trained) or 0
     return args
@@ -543,10 +554,10 @@ def check(args, model):
             f"--frames {args.frames} is not divisible by {chunk}, the chunk; "
             f"{round_up(args.frames, chunk)} would work"
         )
-    if measured and args.frames < 3 * chunk:
+    if measured and args.frames < (GIVEN + 1) * chunk:
         raise ValueError(
             f"--frames {args.frames}: the first two frames of {chunk} are given; "
-            f"{3 * chunk} or more would work"
+            f"{(GIVEN + 1) * chunk} or more would work"
         )
     check_sink(args, model)
     if args.routing and not model.config.top_k:
@@ -666,13 +677,29 @@ def latest_run():
     return found[-1].parent
 
 
+def default_checkpoint():
+    """Return the latest run, or the weights that come with the repository if there is none."""
+    try:
+        return latest_run()
+    except ValueError:
+        if not BOX.is_file():
+            raise
+        print(f"there is no run under runs/; using {BOX.name}, which comes with the repository")
+        return BOX
+
+
 def run_folder(path):
-    """Return the folder of a run, named by this folder or by its ckpt.pt."""
-    return path.parent if path.is_file() else path
+    """Return the folder of a run, named by this folder or by its ckpt.pt.
+
+    A checkpoint of another name, as results/NAME.pt, has none; its files go to runs/NAME.
+    """
+    if not path.is_file():
+        return path
+    return path.parent if path.name == "ckpt.pt" else Path("runs", path.stem)
 
 
 def samples_folder(run):
-    """Return the samples/ of a run, named by its folder or its ckpt.pt."""
+    """Return the samples/ of a run, see `run_folder`."""
     return run_folder(run) / "samples"
 
 
@@ -699,11 +726,13 @@ def evaluate(
     sink=0,
     seed=0,
     true_history=False,
+    given=GIVEN,
 ):
-    """Continue held-out sprites from two true frames of the model, and measure the result.
+    """Continue held-out sprites from `given` true frames of the model, and measure the result.
 
     frames: length of each video, the given ones included, in single frames. true_history: predict
-    each frame from the true past; otherwise from the model's own. Returns (truth, made), both
+    each frame from the true past; otherwise from the model's own. given: 0 generates from the
+    captions alone. Returns (truth, made), both
     (videos, frames, 3, size, size) on the CPU, and `data.measure`'s scores (videos, frames, 3).
     Raises ValueError for a model that was not trained on sprites, or whose frames are not finite.
     """
@@ -721,7 +750,8 @@ def evaluate(
     for i in tqdm(range(0, videos, EVAL_BATCH), "batches", dynamic_ncols=True):
         clips = [test[j] for j in range(i, min(i + EVAL_BATCH, videos))]
         truth, c = default_collate(clips)
-        made = continue_truth(model, truth.to(device), c.to(device), seed=seed + i, **settings)
+        truth_here, c = truth.to(device), c.to(device)
+        made = continue_truth(model, truth_here, c, given, seed=seed + i, **settings)
         if not made.isfinite().all():
             raise ValueError("the model's frames are not finite; its weights may be nan")
         truths.append(truth)
@@ -732,12 +762,12 @@ def evaluate(
     return truth, made, scores
 
 
-def continue_truth(model, truth, c, window, seed, true_history, **settings):
-    """Continue clips (B, T, C, height, width) from two frames of the model to their own length.
+def continue_truth(model, truth, c, given, window, seed, true_history, **settings):
+    """Continue clips (B, T, C, height, width) from `given` frames of the model to their own length.
 
     With true_history, each frame is the first one of a rollout on the true frames before it.
     """
-    chunk, given = model.config.chunk, 2
+    chunk = model.config.chunk
     length = truth.shape[1] // chunk
     spans = [(given, length)]  # the frames of each rollout
     if true_history:
@@ -765,13 +795,14 @@ def evaluate_runs(filled, models):
     with reserve_files(filled[-1], comparison_paths(filled[-1]), settings) as (gif, png):
         for args, model, name in zip(filled, models, row_names(filled)):
             options = sampler_settings(args) | {"true_history": args.true_history}
+            options["given"] = given = 0 if args.from_nothing else GIVEN
             with autocast(model, args.device):
                 truth, made, scores = evaluate(model, args.frames, args.videos, **options)
             rows["truth"] = truth[:4]
             rows[name] = made[:4]
-            print_metrics(args, 2 * model.config.chunk, scores)
+            print_metrics(args, given * model.config.chunk, scores)
             try:
-                path = scores_file(args.checkpoint, args.true_history)
+                path = scores_file(args.checkpoint, args)
                 save_scores(path, vars(args), scores)
             except ValueError as error:  # the other runs are still evaluated
                 print(f"warning: {error}")
@@ -800,6 +831,7 @@ def comparison_settings(filled):
         "frames": [own.frames for own in filled],
         "videos": args.videos,
         "true_history": args.true_history,
+        "from_nothing": args.from_nothing,
         "device": torch.device(args.device).type,
     }
     return json.loads(json.dumps(settings))
@@ -850,9 +882,13 @@ def standard_error(z):
     return ((z - z.nanmean(0)).square().nansum(0) / (n - 1) / n).sqrt()
 
 
-def scores_file(run, true_history):
-    """The file in which --eval saves a run's scores for --table."""
-    return samples_folder(run) / ("true-history.json" if true_history else "eval.json")
+def scores_file(run, args):
+    """The file in which --eval saves a run's scores for --table: one for each kind of history."""
+    if args.true_history:
+        name = "true-history.json"
+    else:
+        name = "from-nothing.json" if args.from_nothing else "eval.json"
+    return samples_folder(run) / name
 
 
 def save_scores(path, settings, scores):
@@ -876,7 +912,7 @@ def print_tables(args):
     for run in args.table:
         folder = run_folder(run)
         name = re.sub(r"-\d+$", "", str(folder))
-        groups.setdefault(name, []).append(read_scores(run, args.true_history))
+        groups.setdefault(name, []).append(read_scores(run, args))
 
     for name, seeds in groups.items():
         lengths = [len(frames) for frames in seeds]
@@ -890,12 +926,12 @@ def print_tables(args):
         print(metrics_table(torch.stack(seeds)))
 
 
-def read_scores(run, true_history):
+def read_scores(run, args):
     """Read the scores that --eval saved for a run: (T, 3). Raises ValueError."""
-    path = scores_file(run, true_history)
+    path = scores_file(run, args)
     if not path.is_file():
-        mode = "--eval --true-history" if true_history else "--eval"
-        raise ValueError(f"no {path}; python sample.py {mode} --checkpoint {run} writes it")
+        mode = "" if path.stem == "eval" else f" --{path.stem}"
+        raise ValueError(f"no {path}; python sample.py --eval{mode} --checkpoint {run} writes it")
     try:
         scores = torch.tensor(json.loads(path.read_text("utf-8"))["frames"], dtype=torch.float32)
         if scores.dim() != 2 or scores.shape[1] != 3:

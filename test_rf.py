@@ -4,6 +4,7 @@ Where a test says "the same", it compares in float64. The sections follow the fi
 """
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -778,6 +779,81 @@ def test_a_new_network_returns_zero_and_patches_come_back_in_place():
     assert v.shape == x.shape and v.dtype == torch.float32 and v.std(dim=(0, 1)).min() > 0
 
 
+def with_x(net):
+    """Two networks of the same weights: one of v from a clean frame, and one of that frame."""
+    of_x = copy.deepcopy(net)
+    of_x.config = replace(net.config, predict="x")
+    return of_x, net
+
+
+def test_x_prediction_is_v_through_eq_3():
+    of_x, head = with_x(tiny())
+    x, x_t, t, c = clip()
+    t[:, :2] = torch.tensor([0.0, 0.05])
+    v, clean = of_x(x_t, t, c, x[:, :-1]), head(x_t, t, c, x[:, :-1])
+    level = t.clamp(min=0.05)[..., None, None, None]
+    assert close(v, (x_t - clean) / level)
+    eps = (x_t - (1 - level) * clean) / level  # the noise that clean and x_t imply
+    assert close(v, eps - clean)
+
+
+def test_a_new_network_of_x_returns_x_0():
+    net = CausalDiT(Config(2, 24, 48, 2, 1, 2, text_dim=5, predict="x"))
+    x, t, c = torch.randn(1, 2, 2, 4, 6), torch.rand(1, 2), torch.randn(1, 3, 5)
+    wanted = x / t.clamp(min=0.05)[..., None, None, None]
+    assert torch.equal(net(x, t, c, x[:, :1]), wanted)
+
+
+class FixedLevel:
+    """Normal numbers for the noise, and the level t_s itself in place of the draw of t_s."""
+
+    def __init__(self, level):
+        self.level = level
+
+    def randn(self, *shape, device=None, dtype=None):
+        if len(shape) == 1:
+            return torch.full(shape, self.level, dtype=torch.float64).logit()
+        return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("level", [0.9, 0.3, 0.06, 0.02])
+def test_an_euler_step_of_self_resampling_is_the_clean_frame_of_the_network(level):
+    """From t_s >= 0.05 on it is exactly the network's x; below, it goes t_s / 0.05 of the way."""
+    of_x, head = with_x(tiny())
+    x, _, _, c = clip()
+    made = self_resample(of_x, x, c, s=1.0, steps=1, rng=FixedLevel(level))
+    eps = FixedLevel(level).randn(*x.shape, dtype=x.dtype)
+    t = torch.full(x.shape[:2], level, dtype=x.dtype)
+    x_ts = add_noise(x, eps, t)
+    with torch.no_grad():
+        for i in range(x.shape[1]):
+            clean = head(x_ts[:, [i]], t[:, [i]], c, made[:, :i], first=i)
+            assert close(made[:, [i]], torch.lerp(x_ts[:, [i]], clean, min(1, level / 0.05)))
+
+
+def test_what_the_network_predicts_is_v_or_x(tmp_path):
+    with pytest.raises(ValueError, match='predict is \'eps\'; wanted "v" or "x"'):
+        Config(predict="eps")
+    predicts = {name: config.predict for name, config in PRESETS.items()}
+    assert predicts == {"toy": "x", "small": "x", "wan-1.3b": "v", "wan-14b": "v"}
+
+    run = make_run(tmp_path / "old")
+    state = checkpoint_of(run)
+    del state["config"]["predict"]  # a checkpoint from before there was a choice
+    torch.save(state, run / "ckpt.pt")
+    assert load_checkpoint(run).config.predict == "v"
+
+
+def test_weights_of_half_precision_become_whole(tmp_path):
+    run = make_run(tmp_path / "run")
+    state = checkpoint_of(run)
+    state["ema"] = {name: z.half() for name, z in state["ema"].items()}
+    torch.save(state, run / "ckpt.pt")
+    net = load_checkpoint(run)
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+    assert same(net.state_dict(), {name: z.float() for name, z in state["ema"].items()})
+
+
 def test_patches_are_ordered_as_wan_orders_them():
     """In: (c p q), a convolution's order. Out: (p q c). Tokens run over time, rows, columns."""
     config = Config(2, 24, 48, 2, 1, patch=2, chunk=3)
@@ -1217,8 +1293,8 @@ def test_the_first_bits_of_the_default_sprites_stay_what_they_are():
     video, c = Sprites()[0]
     assert Sprites().caption(0) == "yellow circle and blue circle"
     means = video.mean((1, 2, 3))[:4].tolist()
-    assert means == pytest.approx([-0.5861, -0.5842, -0.5856, -0.5849], abs=1e-4)
-    assert c.sum() == 9 and video.shape == (12, 3, 16, 16)
+    assert means == pytest.approx([-0.6902, -0.6903, -0.6900, -0.6900], abs=1e-4)
+    assert c.sum() == 9 and video.shape == (12, 3, 32, 32)
 
 
 def test_a_share_of_the_captions_is_withheld():
@@ -1237,11 +1313,11 @@ def test_open_data_gives_the_sprites_every_flag():
 
 
 def test_sprites_move_straight_and_bounce():
-    world = Sprites()
+    world = Sprites(16)
     for i in range(20):
         _, _, at = world.scene(i, 40)
         step = at[1:] - at[:-1]
-        margin = data.radius_of(16, False)
+        margin = data.radius_of(16)
         assert at.min() >= margin - 1e-4 and at.max() <= 16 - margin + 1e-4
         turned = (step[1:] - step[:-1]).abs() > 1e-3
         assert not (turned & ((at[1:-1] - 8).abs() < 8 - margin - 1.3)).any(), "far from the edges"
@@ -1262,7 +1338,7 @@ def test_the_first_sprite_is_painted_in_front():
         ({"objects": 7}, "7 sprites in a clip; 1 to 6"),
         ({"size": 1025}, "size 1025.*1024"),
         ({"size": 100_000}, "size 100000.*1024"),
-        ({"frames": 10**8}, "100000000 frames.*1302083 frames"),
+        ({"frames": 10**8}, "100000000 frames.*325520 frames"),
     ],
 )
 def test_absurd_sprites_are_refused_before_they_are_allocated(flags, message):
@@ -1295,19 +1371,39 @@ def mean(scores):
 
 def test_metrics_give_truth_100_and_noise_0(truth):
     video, captions, scores = truth
-    assert (mean(scores) > 95).all() and scores.shape == (4, 12, 3)
+    assert (mean(scores) > 98).all() and scores.shape == (4, 12, 3)
     assert scores[:, :2, 1].isnan().all() and not scores[:, 2:, 1].isnan().any()
     torch.manual_seed(0)
-    assert (mean(measure(torch.rand_like(video) * 2 - 1, captions)) < 10).all()
+    assert (mean(measure(torch.rand_like(video) * 2 - 1, captions)) < 5).all()
     still = measure(video[:, :1].expand_as(video), captions)
     assert mean(still)[1] < 25, "standing still is not moving"
+
+
+@pytest.mark.parametrize("wall", [False, True])
+def test_the_error_of_a_sprites_cover_is_that_of_its_drawing(wall):
+    """`measure` moves one sprite at a time, by a quadratic of its cover, and draws it nowhere."""
+    torch.manual_seed(0)
+    at = torch.tensor([[10.0, 9.0], [14.0, 12.0], [11.0, 14.0]]).expand(2, 3, 2)
+    shape, colour = torch.tensor([[0, 1, 2]] * 2), torch.tensor([[3, 0, 1]] * 2)
+    there = torch.tensor([[True, True, True], [True, True, False]])
+    picture = torch.rand(2, 3, 24, 24) * 2 - 1
+    for s in range(3):
+        first, second = data.error_of_cover(picture, at, shape, colour, there, s, wall)
+        gone, moved = there.clone(), at.clone()
+        gone[:, s] = False
+        moved[:, s] += torch.tensor([1.3, -0.4])
+        without = data.paint(at, shape, colour, 24, wall, gone.float())
+        drawn = data.paint(moved, shape, colour, 24, wall, there.float())
+        cover = data.coverage(moved[:, s], shape[:, s], 24, data.radius_of(24))
+        wanted = (drawn - picture).square().sum(1) - (without - picture).square().sum(1)
+        assert close(first * cover + second * cover**2, wanted, 1e-5)
 
 
 def test_metrics_tell_pixels_motion_and_names_apart(truth):
     video, captions, scores = truth
     scores = mean(scores)
-    slight, strong = (mean(measure(blurred(video, sigma), captions)) for sigma in (0.6, 2))
-    assert (scores >= slight - 1).all() and (slight > strong + 30).all()
+    slight, strong = (mean(measure(blurred(video, sigma), captions)) for sigma in (0.8, 4))
+    assert (scores >= slight - 1).all() and (slight > strong + 10).all()
     assert slight[0] < scores[0] - 10 and (slight > scores - 10)[1:].all(), "blur costs Visual"
     swapped = mean(measure(video[:, :, [2, 0, 1]], captions))
     assert swapped[2] < scores[2] - 40, "other colours cost Text"
@@ -2017,8 +2113,9 @@ def test_a_folder_that_is_no_wan_is_named(wan_folder, tmp_path):
 # ---- train.py ----
 
 
-TINY = "--size 8 --frames 4 --dim 48 --heads 2 --layers 1 --batch 2 --sample-steps 1 --lr-warmup 2"
-TINY = [*TINY.split(), "--device", "cpu"]
+TINY = "--size 8 --frames 4 --patch 4 --dim 48 --heads 2 --layers 1 --batch 2 --sample-steps 1"
+TINY = [*TINY.split(), "--lr-warmup", "2", "--device", "cpu"]
+TINY_CONFIG = Config(dim=48, ffn_dim=192, heads=2, layers=1, predict="x")
 
 
 def checkpoint_of(folder):
@@ -2080,16 +2177,24 @@ def copied(trained, tmp_path):
 # the loop
 
 
-def by_hand(steps, warmup, batch, shift, euler, time_shift, drop, clip, decay, lr):
+def by_hand(predict, muon, steps, warmup, batch, shift, euler, time_shift, drop, clip, decay, lr):
     """Algorithm 1 for TINY's network, clip by clip and without a cache. Returns (net, average,
     losses, norms)."""
     torch.manual_seed(0)
-    net = CausalDiT(Config(dim=48, ffn_dim=192, heads=2, layers=1))
+    net = CausalDiT(replace(TINY_CONFIG, predict=predict))
     average = {name: p.detach().clone() for name, p in net.named_parameters()}
-    matrices = [p for name, p in net.named_parameters() if p.dim() == 2]
+    matrices = {name: p for name, p in net.named_parameters() if p.dim() == 2}
     rest = [p for name, p in net.named_parameters() if p.dim() != 2]
-    decayed = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.01)
-    plain = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0)
+    of_blocks = [matrices.pop(name) for name in list(matrices) if muon and "blocks" in name]
+    optimizers = [
+        torch.optim.AdamW(matrices.values(), betas=(0.9, 0.95), weight_decay=0.01),
+        torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0),
+    ]
+    peaks = [lr, lr]
+    if muon:
+        settings = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(of_blocks, **settings))
+        peaks.append(muon)
     data, losses, norms = Sprites(8, 4), [], []
 
     for step in range(steps):
@@ -2117,8 +2222,8 @@ def by_hand(steps, warmup, batch, shift, euler, time_shift, drop, clip, decay, l
         norm = torch.stack([p.grad.square().sum() for p in net.parameters()]).sum().sqrt()
         for p in net.parameters():
             p.grad *= min(1, clip / norm.item())
-        for optimizer in (decayed, plain):
-            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 2)
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 2)
             optimizer.step()
         share = min(decay, (1 + step) / (10 + step))
         for name, p in net.named_parameters():
@@ -2142,18 +2247,24 @@ def resampled(net, x, c, shift, euler, generator):
     return frames
 
 
-def test_the_loop_is_algorithm_1(tmp_path, quick):
+@pytest.mark.parametrize(
+    "predict, muon, clip, tolerance", [("v", None, 0.62, 1e-5), ("x", 0.002, 1.9, 5e-4)]
+)
+def test_the_loop_is_algorithm_1(predict, muon, clip, tolerance, tmp_path, quick):
+    """To within rounding; Muon's own, of bfloat16, is larger."""
     flags = "--steps 4 --warmup 2 --batch 4 --accumulate 2 --shift 0.3 --resample-steps 2"
-    flags += " --time-shift 3 --drop 0.5 --clip 0.57 --ema 0.2 --lr 0.003 --decay constant"
+    flags += f" --time-shift 3 --drop 0.5 --clip {clip} --ema 0.2 --lr 0.003 --decay constant"
+    flags += f" --predict {predict} --optimizer " + (f"muon --muon-lr {muon}" if muon else "adamw")
     state = run_train(tmp_path / "run", *flags.split())
-    net, average, losses, norms = by_hand(4, 2, 4, 0.3, 2, 3, 0.5, 0.57, 0.2, 0.003)
+    settings = (4, 2, 4, 0.3, 2, 3, 0.5, clip, 0.2, 0.003)
+    net, average, losses, norms = by_hand(predict, muon, *settings)
 
-    assert np.allclose(logged(tmp_path / "run"), losses, atol=1e-5)
-    assert np.allclose(logged(tmp_path / "run", "norm"), norms, atol=1e-4)
-    assert min(norms) < 0.57 < max(norms), "clipping acts on some of the steps"
+    assert np.allclose(logged(tmp_path / "run"), losses, atol=tolerance)
+    assert np.allclose(logged(tmp_path / "run", "norm"), norms, atol=10 * tolerance)
+    assert min(norms) < clip < max(norms), "clipping acts on some of the steps"
     for name, p in net.named_parameters():
-        assert close(state["model"][name], p.detach(), 1e-5), name
-        assert close(state["ema"][name], average[name], 1e-5), name
+        assert close(state["model"][name], p.detach(), tolerance), name
+        assert close(state["ema"][name], average[name], tolerance), name
 
 
 def test_a_clip_draws_the_same_noise_in_any_batch():
@@ -2188,15 +2299,46 @@ def test_the_learning_rate_rises_then_falls_to_0():
     assert np.allclose(rates["cosine"], [2, 4, 8, 8, 4 + half, 4, 4 - half, 0])
 
 
-def test_weight_decay_is_on_matrices_only():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_is_on_matrices_only(optimizer):
     net = CausalDiT(Config(dim=24, ffn_dim=48, heads=2, layers=1))
     for p in net.parameters():
         torch.nn.init.ones_(p)
         p.grad = torch.zeros_like(p)
-    train.make_optimizer(net, lr=1.0).step()
+    args = train.parse(["--lr", "1", "--muon-lr", "1", "--lr-warmup", "0"])
+    optimizers = train.make_optimizers(net, optimizer)
+    train.set_learning_rate(optimizers, 0, args)
+    for part in optimizers:
+        part.step()
     for name, p in net.named_parameters():
         matrix = name.endswith("weight") and "norm" not in name
         assert torch.equal(p, torch.full_like(p, 0.99 if matrix else 1)), name
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_no_others():
+    net = CausalDiT(Config(dim=24, ffn_dim=48, heads=2, layers=2))
+    names = {p: name for name, p in net.named_parameters()}
+    adamw, muon = train.make_optimizers(net, "muon")
+    given = [names[p] for group in muon.param_groups for p in group["params"]]
+    others = [names[p] for group in adamw.param_groups for p in group["params"]]
+    assert len(given) == 2 * 10 and sorted(given + others) == sorted(names.values())
+    assert all(name.startswith("blocks.") and name.endswith("weight") for name in given)
+    assert not any(
+        name.startswith("blocks.") and net.get_parameter(name).dim() == 2 for name in others
+    )
+    (only,) = train.make_optimizers(net, "adamw")
+    assert sum(len(group["params"]) for group in only.param_groups) == len(names)
+
+
+def test_both_optimizers_follow_one_curve():
+    flags = ["--lr", "8", "--muon-lr", "2", "--lr-warmup", "4", "--steps", "12"]
+    args = train.parse(flags)
+    net = CausalDiT(Config(dim=24, ffn_dim=48, heads=2, layers=1))
+    adamw, muon = train.make_optimizers(net, "muon")
+    for step, rate in ((0, 2), (3, 8), (8, 4)):
+        train.set_learning_rate([adamw, muon], step, args)
+        assert [group["lr"] for group in adamw.param_groups] == [rate, rate]
+        assert [group["lr"] for group in muon.param_groups] == [rate / 4]
 
 
 def test_the_average_keeps_its_decay_and_forgets_the_first_weights():
@@ -2211,7 +2353,7 @@ def test_the_average_keeps_its_decay_and_forgets_the_first_weights():
 def test_clipping_bounds_the_gradient(tmp_path, quick):
     """Adam hides the scale of a gradient, but not one far below its epsilon, 1e-8."""
     torch.manual_seed(0)
-    net = CausalDiT(Config(dim=48, ffn_dim=192, heads=2, layers=1))
+    net = CausalDiT(TINY_CONFIG)
     for clip, moved in ((1e-12, False), (1, True)):
         flags = ["--steps", 2, "--lr", 1e-3, "--clip", clip]
         state = run_train(tmp_path / str(clip), *flags)["model"]
@@ -2267,6 +2409,9 @@ def test_micro_batches_are_one_batch(tmp_path, quick):
         ["--resample-share", 0],
         ["--clip", 0.01],
         ["--lr", 1e-3],
+        ["--muon-lr", 1e-3],
+        ["--optimizer", "adamw"],
+        ["--predict", "v"],
         ["--history", "noise"],
         ["--history", "noise", "--noise", 0],
         ["--history", "parallel"],
@@ -2281,10 +2426,10 @@ def test_micro_batches_are_one_batch(tmp_path, quick):
 def test_every_flag_of_the_method_changes_the_losses(flags, trained, tmp_path, quick):
     run_train(tmp_path / "run", "--steps", 3, "--warmup", 1, *flags)
     losses, usual = logged(tmp_path / "run"), logged(trained)
-    if "--seed" not in flags and "--precision" not in flags:
-        assert losses[0] == usual[0], "a new network returns 0 under the same noise"
+    if flags[0] not in ("--seed", "--precision", "--predict", "--time-shift"):
+        assert losses[0] == usual[0], "a new network returns x = 0 under the same noise"
     assert np.isfinite(losses).all() and losses[2] != usual[2]
-    assert abs(losses[2] - usual[2]) < 0.5
+    assert losses[2] < 1.2 * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -2365,7 +2510,7 @@ def test_a_checkpoint_knows_the_run(trained):
 def test_the_report_is_what_eval_measures(copied):
     measured = json.loads((copied / "samples/eval.json").read_text())["frames"]
     assert np.shape(measured) == (16, 3)
-    flags = "--eval --videos 16 --frames 16 --steps 1 --time-shift 5 --guidance 2 --device cpu"
+    flags = "--eval --videos 16 --frames 16 --steps 1 --guidance 1.5 --device cpu"
     sample.main([*flags.split(), "--checkpoint", str(copied), "--out", str(copied / "again.gif")])
     again = json.loads((copied / "samples/eval.json").read_text())["frames"]
     assert np.array_equal(measured, again, equal_nan=True)
@@ -2456,13 +2601,18 @@ def test_resuming_a_finished_run_only_reports(copied, capsys):
 
 
 def break_shape(state):
-    next(iter(state["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(3)
+    state["optimizer"]["state"]["head.head.bias"]["exp_avg"] = torch.zeros(3)
+
+
+def break_momentum(state):
+    state["optimizer"]["state"]["blocks.0.ffn.0.weight"] = {"momentum_buffer": torch.zeros(3)}
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
         (break_shape, "run holds step 3 and no optimizer state that fits its weights"),
+        (break_momentum, "run holds step 3 and no optimizer state that fits its weights"),
         (lambda state: state.update(optimizer={"state": {}, "param_groups": []}), "no optimizer"),
         (lambda state: state.update(optimizer="AdamW"), "no optimizer state that fits"),
         (lambda state: state["optimizer"].pop("param_groups"), "run is damaged"),
@@ -2498,10 +2648,33 @@ def test_resuming_deletes_the_half_written_files_of_a_killed_run(copied, quick):
     assert not any(path.exists() for path in parts) and all(path.exists() for path in others)
 
 
+def test_a_run_keeps_its_optimizer(copied):
+    with pytest.raises(ValueError, match="--optimizer adamw: the run in .* trained with muon"):
+        train.main(["--resume", "--out", str(copied), "--steps", "4", "--optimizer", "adamw"])
+
+
+def test_init_refuses_weights_that_predict_another_thing(trained, tmp_path, quick):
+    message = "has another shape: predict is x there and v here"
+    with pytest.raises(ValueError, match=message):
+        run_train(tmp_path / "two", "--init", trained, "--predict", "v", "--steps", 1)
+    net = CausalDiT(replace(PRESETS["toy"], predict="x"))
+    args = train.parse(["--preset", "wan-1.3b", "--predict", "x", "--init", str(tmp_path)])
+    with pytest.raises(ValueError, match="--predict x: the weights of Wan predict v"):
+        train.fill_weights(net, args)
+
+
+def test_a_patch_wider_than_the_network_trains_with_x(tmp_path, quick):
+    state = run_train(tmp_path / "run", "--steps", 40, "--patch", 8, "--lr", 3e-3, "--batch", 4)
+    assert state["config"]["channels"] * state["config"]["patch"] ** 2 > state["config"]["dim"]
+    losses = logged(tmp_path / "run")
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
 def test_init_starts_a_new_stage(trained, tmp_path, quick):
     first = checkpoint_of(trained)
     second = run_train(
-        tmp_path / "two", "--init", trained, "--steps", 1, "--lr", 1e-12, "--top-k", 1
+        *(tmp_path / "two", "--init", trained, "--top-k", 1),
+        *("--steps", 1, "--lr", 1e-12, "--muon-lr", 1e-12),
     )
     assert second["step"] == 1 and second["config"]["top_k"] == 1
     assert not same(first["ema"], first["model"])
@@ -2644,10 +2817,13 @@ def test_new_runs_are_numbered(tmp_path, monkeypatch, quick):
 # several processes
 
 
+@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 2e-4), ("muon", 1e-3)])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, quick):
+def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, optimizer, tolerance, quick):
+    """To within rounding: Muon's is that of bfloat16."""
     flags = [*TINY, "--batch", 4, "--warmup", 1, "--layers", 2, "--decay", "constant"]
-    flags = [*map(str, flags), "--accumulate", "2", "--lr", "1e-3"]
+    flags = [*map(str, flags), "--accumulate", "2", "--lr", "1e-3", "--muon-lr", "1e-3"]
+    flags += ["--optimizer", optimizer]
     train.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
 
     more = ["--fsdp", "--recompute"] if sharded else []
@@ -2657,11 +2833,11 @@ def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, quick):
     train.main(["--resume", "--steps", "4", "--out", str(two)])
 
     for name in ("loss", "norm"):
-        assert np.allclose(logged(tmp_path / "one", name), logged(two, name), atol=1e-4)
+        assert np.allclose(logged(tmp_path / "one", name), logged(two, name), atol=tolerance)
     one, two = checkpoint_of(tmp_path / "one"), checkpoint_of(two)
     for part in ("model", "ema"):
         for key, value in one[part].items():
-            assert close(value, two[part][key], 2e-4), (part, key)
+            assert close(value, two[part][key], tolerance), (part, key)
 
 
 def test_several_processes_refuse_in_one_line(copied):
@@ -2882,7 +3058,11 @@ def inputs(tmp_path_factory, trained):
         ("--frames 7 --chunk 3", "--frames 7 is not divisible by 3, the chunk; 9 would work"),
         ("--frames 3 --chunk 3", "--frames 3: wanted two or more chunks of 3.*; 6 would work"),
         ("--batch 3 --accumulate 2", r"--batch 3 is not divisible by 2, .*\(1\).*; 4 would work"),
-        ("--patch 8 --size 16", "a patch holds 192 values, more than the width 48"),
+        (
+            "--patch 8 --size 16 --predict v",
+            "a patch holds 192 values, and with --predict v a token of width 48 must carry .*"
+            "--predict x, a smaller --patch or a larger --dim would work",
+        ),
         ("--fsdp", "torchrun --nproc-per-node N train.py --fsdp would work"),
         ("--out full", "full already holds another run; add --resume"),
         ("--out died", "died already holds another run, which saved no checkpoint; name a new"),
@@ -2994,6 +3174,7 @@ def test_training_on_latents_ends_in_pictures(tmp_path):
         latents = np.random.default_rng(i).normal(size=(6 + i, 4, 4, 8))
         save_latents(tmp_path / "latents", latents=latents, text=np.ones((2 + i, 7)))
     flags = ["--data", tmp_path / "latents", "--frames", 6, "--chunk", 3, "--patch", 2]
+    flags += ["--predict", "v"]  # a new network's x = 0 would make equal frames, one in a GIF
     state = run_train(tmp_path / "run", *flags, "--steps", 1)
     assert (state["config"]["channels"], state["config"]["text_dim"]) == (4, 7)
     assert state["args"]["words"] is None and state["args"]["width"] == 8
@@ -3226,7 +3407,7 @@ def test_the_default_window_never_meets_a_relative_position_that_training_did_no
         run = make_run(tmp_path / name, config, frames=frames)
         args, _ = filled(run)
         assert args.window == window, name
-        assert (args.frames, args.steps, args.guidance) == (2 * frames, 4, 2.0)
+        assert (args.frames, args.steps, args.guidance) == (2 * frames, 4, 1.5)
 
 
 def test_flags_that_are_set_are_kept_and_latents_have_defaults_of_their_own(random_run, tmp_path):
@@ -3447,6 +3628,31 @@ def test_sampling_follows_the_precision_of_training(tmp_path):
             assert torch.is_autocast_enabled("cpu") == enabled
 
 
+def test_packed_weights_are_a_run_without_a_folder(trained, here, capsys, monkeypatch):
+    box = here / "results" / "resample.pt"
+    box.parent.mkdir()
+    command = [sys.executable, HERE / "results/pack.py", trained, box]
+    subprocess.run(command, check=True, capture_output=True)
+    whole, packed = load_checkpoint(trained), load_checkpoint(box)
+    weights = sum(p.numel() for p in whole.parameters())
+    assert box.stat().st_size < 2 * weights + 40_000
+    for a, b in zip(whole.parameters(), packed.parameters()):
+        assert torch.equal(a.half().float(), b)
+
+    monkeypatch.setattr(sample, "BOX", box)
+    sample.main(["red circle", "--frames", "4", "--device", "cpu"])
+    assert "using resample.pt, which comes with the repository" in capsys.readouterr().out
+    assert list(Path("runs/resample/samples").glob("red-circle*.mp4"))
+    Path("runs/a").mkdir()
+    shutil.copy(trained / "ckpt.pt", "runs/a")
+    assert sample.default_checkpoint() == Path("runs/a"), "a run of one's own comes first"
+
+    train.main([*TINY, "--init", str(box), "--steps", "1", "--out", "runs/b"])
+    with pytest.raises(ValueError, match="no optimizer state to resume"):
+        shutil.copy(box, "runs/a/ckpt.pt")
+        train.main(["--resume", "--out", "runs/a", "--steps", "9"])
+
+
 def test_a_run_is_named_by_its_folder_or_its_checkpoint(random_run):
     assert sample.run_folder(random_run / "ckpt.pt") == sample.run_folder(random_run) == random_run
     assert sample.run_folder(Path("nowhere")) == Path("nowhere")
@@ -3659,6 +3865,21 @@ def test_eval_draws_new_noise_for_every_batch_and_every_frame():
         assert torch.equal(made[batch:, [n]], noise(9 + batch + n, 1, 1))
 
 
+def test_eval_from_nothing_gives_no_frame():
+    truth, made, scores = evaluate(NoiseModel(), frames=5, videos=3, given=0)
+    assert made.shape == truth.shape and not torch.equal(made[:, 0], truth[:, 0])
+    assert not (made == truth).flatten(1).all(1).any() and scores[:, 0, 2].isfinite().all()
+
+
+def test_each_kind_of_history_has_its_own_scores(random_run):
+    names = []
+    for flags in ([], ["--true-history"], ["--from-nothing"]):
+        args = sample.parse(["--eval", *flags])
+        sample.check_flags(args)
+        names.append(sample.scores_file(random_run, args).name)
+    assert names == ["eval.json", "true-history.json", "from-nothing.json"]
+
+
 def test_frames_that_are_not_finite_are_refused():
     model = NoiseModel()
     model.forward = lambda x, *rest: x * torch.nan
@@ -3738,7 +3959,7 @@ def test_eval_passes_its_flags_on_and_replaces_its_own_picture(here, monkeypatch
     for _ in range(2):
         call(run, *flags, "--true-history")
     options = {"steps": 1, "time_shift": 6.0, "guidance": 4.0, "window": 2, "sink": 0, "seed": 3}
-    assert calls == [(5, 7, options | {"true_history": True})] * 2
+    assert calls == [(5, 7, options | {"true_history": True, "given": 2})] * 2
     with pytest.raises(ValueError, match="x.gif exists and was made with other settings"):
         call(run, *flags)
 
@@ -3967,6 +4188,7 @@ CUTS = {
     "encode": "--size 32x48 --frames 21 --device cpu",
     "results/bench_attention.py": "--frames 3 --tokens 4 --batch 1 --repeats 1 --device cpu",
     "results/bench_video.py": "--files 2 --batch 2 --repeats 1",
+    "results/pack.py": "",
 }
 
 SHIM = """#!{python}
@@ -3997,8 +4219,9 @@ os.execv({python!r}, [{python!r}, *run, script, *flags])
 def newcomer(tmp_path_factory, wan_folder):
     """A folder as the README assumes it: the files, a shortened `python`, VIDEOS, FOLDER, WAN."""
     folder = tmp_path_factory.mktemp("newcomer")
-    for path in [*HERE.glob("*.py"), HERE / "results"]:
+    for path in HERE.glob("*.py"):
         (folder / path.name).symlink_to(path)
+    shutil.copytree(HERE / "results", folder / "results")  # a command writes into it
     (folder / "bin").mkdir()
     shim = SHIM.format(python=sys.executable, cuts=CUTS)
     for name in ("python", "torchrun", "pip", "pytest", "ruff"):

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Muon
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
@@ -47,6 +48,7 @@ from data import fold, one_line, open_data, parse_size, round_up, sides
 from model import (
     PRESETS,
     CausalDiT,
+    Config,
     load_checkpoint,
     load_wan,
     load_weights,
@@ -105,7 +107,7 @@ def main(argv):
 
     # network: net holds the weights; model is net as the loss calls it, perhaps wrapped in
     # DistributedDataParallel, whose backward averages the gradients over the processes
-    net, ema, optimizer, start = call_on_all(build, args, config, device)
+    net, ema, optimizers, start = call_on_all(build, args, config, device)
     model = DistributedDataParallel(net) if world > 1 and not args.fsdp else net
     args.out = call_on_rank_0(open_folder, args, start)
     print_start(args, config, cost, world, device, start)
@@ -120,7 +122,6 @@ def main(argv):
         began = clock(device)
         indices, videos, texts = next(batches)
         data_seconds = clock(device) - began
-        lr = learning_rate(step, args)
         make_history = history_at(step, args)  # a row of Table 2
         loss = 0
         history_seconds = 0
@@ -159,9 +160,10 @@ def main(argv):
         loss, stop = all_reduce_loss_and_stop(loss, stop_requested, world)
         norm = clip_gradient(net, args)
         check_finite(loss, norm, step, args)
-        set_learning_rate(optimizer, lr)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(optimizers, step, args)
+        for optimizer in optimizers:
+            optimizer.step()
+        net.zero_grad(set_to_none=True)
         update_ema(ema, net, args.ema, step)
 
         done = step + 1
@@ -170,7 +172,7 @@ def main(argv):
             entry = {
                 "step": done,
                 "loss": loss,
-                "lr": lr,
+                "lr": learning_rate(step, args),
                 "norm": norm,
                 "history": make_history.__name__,
                 "seconds": seconds,
@@ -183,7 +185,7 @@ def main(argv):
 
         show = done % args.sample_every == 0 or done == args.steps
         if show or stop or done % args.save_every == 0:
-            save(net, ema, optimizer, done, args)
+            save(net, ema, optimizers, done, args)
         if show:
             call_on_rank_0(log_samples, shown, args, done, device)
         if stop:
@@ -251,15 +253,45 @@ def learning_rate(step, args):
     return args.lr
 
 
-def make_optimizer(net, lr):
-    """AdamW, with weight decay on matrices only: not on biases, norms and modulation."""
-    matrices = [p for p in net.parameters() if p.dim() == 2]
-    others = [p for p in net.parameters() if p.dim() != 2]
+def set_learning_rate(optimizers, step, args):
+    """Set the learning rates of a step: Muon's follows the curve of AdamW's, from another peak."""
+    for optimizer in optimizers:
+        peak = args.muon_lr if isinstance(optimizer, Muon) else args.lr
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args) * peak / args.lr
+
+
+def make_optimizers(net, name):
+    """The optimizers of --optimizer, a list; `set_learning_rate` sets their rates.
+
+    "adamw": AdamW for everything. "muon": Muon for the matrices of the blocks, which
+    orthogonalizes each update (Newton-Schulz, in bfloat16) and scales it to the size of AdamW's
+    (arXiv 2502.16982); AdamW for the rest. Weight decay acts on matrices only: not on biases,
+    norms and modulation.
+    """
+    in_muon, matrices, others = [], [], []
+    for parameter_name, p in net.named_parameters():
+        if name == "muon" and takes_muon(parameter_name, p):
+            in_muon.append(p)
+        elif p.dim() == 2:
+            matrices.append(p)
+        else:
+            others.append(p)
+
     groups = [
         {"params": matrices, "weight_decay": 0.01},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)]
+    if in_muon:
+        muon = Muon(in_muon, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
+
+
+def takes_muon(name, p):
+    """Whether --optimizer muon gives a parameter to Muon: the matrices of the blocks."""
+    return name.startswith("blocks.") and p.dim() == 2
 
 
 @torch.no_grad()
@@ -281,6 +313,7 @@ PAPER = {  # defaults of --preset wan-...
     "warmup": 10_000,
     "steps": 25_000,
     "batch": 64,
+    "optimizer": "adamw",
     "lr": 5e-5,
     "decay": "constant",
     "ema": 0.999,
@@ -332,7 +365,7 @@ def add_data_flags(add):
         help='"sprites", a folder of videos, or a folder of latents (.npz) (default: %(default)s)')
     add("--frames", type=bounded_int(1, 10**9),
         help="length of a training clip (default: 10, rounded up to whole chunks; Wan: 21)")
-    add("--size", type=parse_size, default=16,
+    add("--size", type=parse_size, default=32,
         help="height and width in pixels, or HEIGHTxWIDTH (default: %(default)s)")
     add("--fps", type=nonnegative_float, default=0.0,
         help="read videos at this rate; 0: each at its own (default: %(default)s)")
@@ -359,6 +392,9 @@ def add_network_flags(add):
         help="blocks (default: the preset's)")
     add("--patch", type=bounded_int(1, 1024),
         help="side of a token in pixels or latents (default: the preset's)")
+    add("--predict", choices=("v", "x"),
+        help="what the network's last layer returns: the velocity v, or the clean frame x, for "
+             "patches of more values than --dim (default: the preset's: x; Wan: v)")
     add("--chunk", type=bounded_int(1, 1024),
         help="latent frames in an autoregressive frame; the paper: 3 (default: the preset's)")
     add("--top-k", type=positive_int,
@@ -370,7 +406,7 @@ def add_network_flags(add):
 def add_method_flags(add):
     add("--history", choices=HISTORY, default="resample",
         help="the history that frames attend to after the warm-up, Table 2 (default: %(default)s)")
-    add("--warmup", type=nonnegative_int, default=2100,
+    add("--warmup", type=nonnegative_int, default=3000,
         help="steps of teacher forcing before that (default: %(default)s)")
     add("--shift", type=positive_float, default=0.6,
         help="s of Eq. (7); lower: the history stays nearer to the truth (default: %(default)s)")
@@ -380,28 +416,33 @@ def add_method_flags(add):
         help="fraction of batches whose history is resampled (default: %(default)s)")
     add("--noise", type=fraction, default=0.3,
         help="highest noise level of --history noise (default: %(default)s)")
-    add("--time-shift", type=positive_float, default=2.0,
+    add("--time-shift", type=positive_float, default=3.0,
         help="Eq. (7) on t of the loss; higher: more noise; real video: 3-5 (default: %(default)s)")
     add("--drop", type=fraction, default=0.1,
         help="fraction of clips whose text is dropped, for guidance (default: %(default)s)")
 
 
 def add_optimizer_flags(add):
-    add("--steps", type=bounded_int(1, 10**9), default=3200,
+    add("--steps", type=bounded_int(1, 10**9), default=4800,
         help="optimizer steps, warm-up included (default: %(default)s)")
-    add("--batch", type=bounded_int(1, 10**9), default=16,
+    add("--batch", type=bounded_int(1, 10**9), default=8,
         help="clips per optimizer step, over all processes (default: %(default)s)")
     add("--accumulate", type=positive_int, default=1,
         help="split each process's batch into this many micro-batches (default: %(default)s)")
-    add("--lr", type=positive_float, default=1e-2,
-        help="peak learning rate (default: %(default)s)")
+    add("--optimizer", choices=("muon", "adamw"), default="muon",
+        help="muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all "
+             "(default: %(default)s; Wan: adamw)")
+    add("--lr", type=positive_float, default=7e-3,
+        help="peak learning rate of AdamW (default: %(default)s)")
+    add("--muon-lr", type=positive_float, default=0.02,
+        help="peak learning rate of Muon (default: %(default)s)")
     add("--lr-warmup", type=nonnegative_int, default=100,
-        help="steps in which the learning rate rises (default: %(default)s)")
+        help="steps in which the learning rates rise (default: %(default)s)")
     add("--decay", choices=("constant", "linear", "cosine"), default="linear",
-        help="how the learning rate falls to 0 at --steps, or constant (default: %(default)s)")
+        help="how the learning rates fall to 0 at --steps, or constant (default: %(default)s)")
     add("--clip", type=positive_float, default=1.0,
         help="clip the norm of the gradient to this (default: %(default)s)")
-    add("--ema", type=bounded_float(0, 0.999999), default=0.998,
+    add("--ema", type=bounded_float(0, 0.999999), default=0.999,
         help="decay of the averaged weights, which sampling uses (default: %(default)s)")
     add("--seed", type=seed_int, default=0,
         help="seed of weights, clips and noise (default: %(default)s)")
@@ -426,7 +467,7 @@ def add_picture_flags(add):
         help="Euler steps per frame in pictures (default: %(default)s)")
     add("--sample-shift", type=positive_float, default=5.0,
         help="Eq. (7) on these steps; higher: more of them at high noise (default: %(default)s)")
-    add("--guidance", type=nonnegative_float, default=2.0,
+    add("--guidance", type=nonnegative_float, default=1.5,
         help="scale of classifier-free guidance in pictures; 1: none (default: %(default)s)")
 
 
@@ -569,16 +610,17 @@ def refuse_other_run(out):
 
 
 def check_sizes(args, data, config):
-    """Raise ValueError if patches do not tile the frames, or hold more than a token can carry."""
+    """Raise ValueError if patches do not tile the frames, or hold more than v can be read from."""
     unit = config.patch if data else WAN_SCALE * config.patch
     for side in sides(data.size if data else args.size):
         check_divisible("--size", side, unit, "the patch")
 
     values = config.channels * config.patch**2
-    if values > config.dim:
+    if config.predict == "v" and values > config.dim:
         raise ValueError(
-            f"a patch holds {values} values, more than the width {config.dim} can carry; give a "
-            "smaller --patch or a larger --dim"
+            f"a patch holds {values} values, and with --predict v a token of width {config.dim} "
+            "must carry all of their noise; --predict x, a smaller --patch or a larger --dim would "
+            "work"
         )
 
 
@@ -832,6 +874,7 @@ def make_config(args, data):
         "layers": args.layers,
         "patch": args.patch,
         "chunk": args.chunk,
+        "predict": args.predict,
         "top_k": args.top_k,
         "window": args.window,
         "channels": data.channels if data else None,
@@ -842,7 +885,7 @@ def make_config(args, data):
 
 
 def build(args, config, device):
-    """Build the network, its EMA and the optimizer. Returns them and the first step.
+    """Build the network, its EMA and the optimizers. Returns them and the first step.
 
     The weights are new, or those of --init; with --resume all of it comes from the checkpoint.
     """
@@ -859,11 +902,11 @@ def build(args, config, device):
             fully_shard(module)  # each process holds its part of a block and gathers it to run it
     if args.compile:
         net.compile_blocks()
-    optimizer = make_optimizer(net, args.lr)
+    optimizers = make_optimizers(net, args.optimizer)
     if args.resume:
-        load_moments(net, optimizer, state, args.out)
-        return net, ema, optimizer, state["step"]
-    return net, ema, optimizer, 0
+        load_moments(net, optimizers, state, args.out)
+        return net, ema, optimizers, state["step"]
+    return net, ema, optimizers, 0
 
 
 def fill_weights(net, args):
@@ -876,6 +919,8 @@ def fill_weights(net, args):
         return None
     is_run = args.resume or path.name == "ckpt.pt" or (path / "ckpt.pt").is_file()
     if not is_run and args.preset.startswith("wan"):
+        if net.config.predict != "v":
+            raise ValueError(f"--predict {net.config.predict}: the weights of Wan predict v")
         load_wan(net, path)
         return None
 
@@ -890,10 +935,11 @@ def fill_weights(net, args):
 
 def check_same_shape(theirs, ours, path):
     """Raise ValueError that names the sizes in which a checkpoint differs from the network."""
+    theirs = asdict(Config(**theirs))  # older checkpoints lack later fields
     wrong = []
     for name, value in ours.items():
-        if name not in ("top_k", "window") and theirs.get(name) != value:
-            wrong.append(f"{name} is {theirs.get(name)} there and {value} here")
+        if name not in ("top_k", "window") and theirs[name] != value:
+            wrong.append(f"{name} is {theirs[name]} there and {value} here")
     if wrong:
         raise ValueError(f"the model of {path} has another shape: {'; '.join(wrong)}")
 
@@ -919,7 +965,13 @@ def check_same_run(state, net, args):
     step = state["step"]
     if "optimizer" not in state:
         raise ValueError(f"{args.out} holds no optimizer state to resume; --init would work")
-    if step < 0 or (step > 0 and not has_moments(state["optimizer"], net)):
+    was = state["args"]
+    if was.get("optimizer", "adamw") != args.optimizer:
+        raise ValueError(
+            f"--optimizer {args.optimizer}: the run in {args.out} was trained with "
+            f"{was.get('optimizer', 'adamw')}; leave the flag out, or use --init"
+        )
+    if step < 0 or (step > 0 and not has_moments(state["optimizer"], net, args.optimizer)):
         raise ValueError(
             f"{args.out} holds step {step} and no optimizer state that fits its weights; --init "
             "would work"
@@ -930,33 +982,35 @@ def check_same_run(state, net, args):
             "--steps would work"
         )
 
-    was = state["args"]
     changed = [name for name in WORLD_FLAGS if name in was and was[name] != vars(args)[name]]
     if changed:
         texts = [f"--{name} {was[name]} -> {vars(args)[name]}" for name in changed]
         print(f"warning: the clips differ from those of the steps so far: {', '.join(texts)}")
 
 
-def has_moments(state, net):
-    """Whether an optimizer's state holds both moments of each of the network's parameters."""
+def has_moments(state, net, optimizer):
+    """Whether an optimizer's state holds the moments of each of the network's parameters."""
     try:
-        moments = state["state"]
         for name, p in net.named_parameters():
-            if moments[name]["step"].numel() != 1:
-                return False
-            for z in (moments[name]["exp_avg"], moments[name]["exp_avg_sq"]):
-                if (z.shape, z.dtype) != (p.shape, p.dtype):
+            moments = state["state"][name]
+            if optimizer == "muon" and takes_muon(name, p):
+                found = [moments["momentum_buffer"]]
+            else:
+                found = [moments["exp_avg"], moments["exp_avg_sq"]]
+                if moments["step"].numel() != 1:
                     return False
+            if any((z.shape, z.dtype) != (p.shape, p.dtype) for z in found):
+                return False
     except (KeyError, TypeError, AttributeError):
         return False
     return True
 
 
-def load_moments(net, optimizer, state, path):
+def load_moments(net, optimizers, state, path):
     """Load a checkpoint's optimizer state. Raises ValueError if torch cannot."""
     whole = StateDictOptions(full_state_dict=True)
     try:
-        set_optimizer_state_dict(net, optimizer, state["optimizer"], options=whole)
+        set_optimizer_state_dict(net, optimizers, state["optimizer"], options=whole)
     except Exception as error:  # the exception class depends on the damage
         raise ValueError(
             f"the optimizer state of {path} is damaged ({one_line(error)}); --init would work"
@@ -986,18 +1040,13 @@ def check_finite(loss, norm, step, args):
     )
 
 
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def save(net, ema, optimizer, step, args):
+def save(net, ema, optimizers, step, args):
     """Write ckpt.pt. All processes take part, and any number of them can load it.
 
     No random state is saved: noise derives from (seed, clip), see `ClipNoise`.
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(net, optimizer, options=whole)
+    weights, moments = get_state_dict(net, optimizers, options=whole)
     state = {
         "config": asdict(net.config),
         "model": weights,

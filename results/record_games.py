@@ -1,0 +1,108 @@
+"""Record clips of three Atari games with small moving things, to train on.
+
+  pip install ale-py
+  python results/record_games.py games --clips 240 --held-out 48
+  python train.py --data games/train --size 64 ...
+
+Writes OUT/train and OUT/test: clips of 64 x 64 pixels, 64 frames at 30 a second, each with its
+caption, "pong", "breakout" or "freeway", in name.txt beside name.mp4. The playing field is cut out
+before it is scaled: a ball is about one pixel, a car three. Held-out clips are other episodes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import to_float, writer
+
+SIZE = 64  # pixels along a side
+FRAMES = 64  # of a clip
+SKIP = 2  # frames of the game, 60 a second, for each frame of a clip
+FIELDS = {  # rows of the playing field on the screen of 210 x 160 pixels
+    "pong": (34, 194),
+    "breakout": (32, 196),
+    "freeway": (24, 196),
+}
+NOOP, FIRE, UP, RIGHT, LEFT = 0, 1, 2, 3, 4
+PONG_UP, PONG_DOWN = 2, 5
+
+
+def play(game, ram, rng):
+    """The next action: follow the ball, or cross the road; sometimes wait."""
+    if game == "freeway":
+        return UP if rng.random() < 0.7 else NOOP
+    if game == "pong":
+        ball, paddle = int(ram[54]), int(ram[51])
+        if abs(ball - paddle) < 4:
+            return NOOP
+        return PONG_UP if ball < paddle else PONG_DOWN
+
+    ball, paddle = int(ram[99]), int(ram[72]) + 8
+    if ram[101] == 0:  # no ball in play
+        return FIRE
+    if abs(ball - paddle) < 4:
+        return NOOP
+    return LEFT if ball < paddle else RIGHT
+
+
+def record(game, seed):
+    """A clip (FRAMES, SIZE, SIZE, 3) of bytes from a random moment of an episode."""
+    from ale_py import ALEInterface, LoggerMode, roms
+
+    ALEInterface.setLoggerMode(LoggerMode.Error)
+    ale = ALEInterface()
+    ale.setInt("random_seed", seed)
+    ale.setFloat("repeat_action_probability", 0.25)
+    ale.loadROM(roms.get_rom_path(game))
+    rng = np.random.default_rng(seed)
+
+    top, bottom = FIELDS[game]
+    start = rng.integers(120, 600)  # of the game's frames, after its first screens
+    pictures = []
+    for frame in range(start + FRAMES * SKIP):
+        if ale.game_over():
+            ale.reset_game()
+        ale.act(play(game, ale.getRAM(), rng))
+        if frame >= start and (frame - start) % SKIP == 0:
+            field = Image.fromarray(ale.getScreenRGB()[top:bottom])
+            pictures.append(np.asarray(field.resize((SIZE, SIZE), Image.Resampling.BOX)))
+    return np.stack(pictures)
+
+
+def write_clips(folder, count, first_seed):
+    """Write `count` clips, the games in turn."""
+    folder.mkdir(parents=True)
+    for i in tqdm(range(count), folder.name):
+        game = list(FIELDS)[i % len(FIELDS)]
+        path = folder / f"{game}-{i:04d}.mp4"
+        with writer(path, 60 // SKIP) as out:
+            out(to_float(record(game, first_seed + i)))
+        path.with_suffix(".txt").write_text(game)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--clips", type=int, default=240, help="default: %(default)s")
+    parser.add_argument("--held-out", type=int, default=48, help="default: %(default)s")
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists; wanted a new folder")
+    try:
+        import ale_py  # noqa: F401
+    except ImportError:
+        parser.error("the games need ale-py: pip install ale-py")
+    write_clips(args.out / "train", args.clips, first_seed=1)
+    write_clips(args.out / "test", args.held_out, first_seed=1_000_001)
+
+
+if __name__ == "__main__":
+    main()
