@@ -79,15 +79,20 @@ def generate(
     sink=0,
     seed=0,
     null=None,
+    first_steps=None,
 ):
     """Continue the given frames to `frames` in all; yield each new one (B, 1, C, height, width).
 
     texts: [(first frame, c (B, L, text_dim))], in order of time. A new text begins a new rollout,
     whose history is every frame so far. given (B, M, C, height, width): M may be 0. window, sink:
     as in `model.cache`. null (1, L, text_dim): condition of guidance's unconditional branch (None:
-    zeros); guidance is skipped where c is all zero, as its branches would be the same. The noise of
-    a rollout is drawn at once, on the CPU: a seed draws the same noise on every device.
+    zeros); guidance is skipped where c is all zero, as its branches would be the same. first_steps:
+    Euler steps of the first frame where none is given; without a history to follow it is the
+    hardest (None: steps). The noise of a rollout is drawn at once, on the CPU: a seed draws the
+    same noise on every device.
     """
+    if first_steps and not given.shape[1]:
+        texts = [texts[0], (1, texts[0][1]), *texts[1:]]  # a rollout of its own
     noise = torch.Generator().manual_seed(seed)
     ends = [start for start, _ in texts[1:]] + [frames]
     done = [given[:, [i]] for i in range(given.shape[1])]
@@ -105,7 +110,8 @@ def generate(
         t = torch.ones(len(given), device=given.device)
         history = torch.cat([given[:, :0], *done], dim=1)
         cache = guided.cache(len(given), end, window=window, sink=sink)
-        for frame in rollout(guided, x, t, c, steps, time_shift, history, cache):
+        n = steps if done else first_steps or steps
+        for frame in rollout(guided, x, t, c, n, time_shift, history, cache):
             done.append(frame)
             yield frame
 
@@ -403,9 +409,12 @@ def parse(argv):
         help="length, given frames included (default: twice the training clips)")
     add("--steps", type=bounded_int(1, 10_000),
         help="Euler steps per frame, Eq. (2) (default: 4 for pixels, 32 for latents)")
-    add("--time-shift", type=positive_float, default=5.0,
+    add("--first-steps", type=bounded_int(1, 10_000),
+        help="Euler steps of the first frame of a video from nothing, the hardest: it has no "
+        "history (default: 16 for pixels, --steps for latents)")
+    add("--time-shift", type=positive_float,
         help="s of Eq. (7) for these steps: above 1, more of them at high noise "
-        "(default: %(default)s)")
+        "(default: 10 for pixels, 5 for latents)")
     add("--guidance", type=nonnegative_float,
         help="classifier-free guidance: above 1, follow the prompt more closely; 1: off "
         "(default: 1.5 for pixels, 5 for latents)")
@@ -537,6 +546,10 @@ def fill_unset(args, run, model):
         args.frames = 2 * trained
     if args.steps is None:
         args.steps = 4 if of_pixels else 32
+    if args.first_steps is None:
+        args.first_steps = max(16, args.steps) if of_pixels else args.steps
+    if args.time_shift is None:
+        args.time_shift = 10.0 if of_pixels else 5.0
     if args.guidance is None:
         args.guidance = 1.5 if of_pixels else 5.0
     if args.window is None:
@@ -652,6 +665,7 @@ def sampler_settings(args):
     """The keyword arguments of `generate` that the flags decide."""
     return {
         "steps": args.steps,
+        "first_steps": args.first_steps,
         "time_shift": args.time_shift,
         "guidance": args.guidance,
         "window": args.window or None,
@@ -727,12 +741,13 @@ def evaluate(
     seed=0,
     true_history=False,
     given=GIVEN,
+    first_steps=None,
 ):
     """Continue held-out sprites from `given` true frames of the model, and measure the result.
 
     frames: length of each video, the given ones included, in single frames. true_history: predict
     each frame from the true past; otherwise from the model's own. given: 0 generates from the
-    captions alone. Returns (truth, made), both
+    captions alone, the first frame in `first_steps` Euler steps. Returns (truth, made), both
     (videos, frames, 3, size, size) on the CPU, and `data.measure`'s scores (videos, frames, 3).
     Raises ValueError for a model that was not trained on sprites, or whose frames are not finite.
     """
@@ -745,6 +760,7 @@ def evaluate(
     device = next(model.parameters()).device
     settings = {"steps": steps, "time_shift": time_shift, "guidance": guidance}
     settings |= {"window": window, "sink": sink, "true_history": true_history}
+    settings |= {"first_steps": first_steps}
 
     truths, rollouts = [], []
     for i in tqdm(range(0, videos, EVAL_BATCH), "batches", dynamic_ncols=True):

@@ -3865,6 +3865,21 @@ def test_eval_draws_new_noise_for_every_batch_and_every_frame():
         assert torch.equal(made[batch:, [n]], noise(9 + batch + n, 1, 1))
 
 
+def test_the_first_frame_from_nothing_has_steps_of_its_own():
+    """And a rollout of its own, whose frame becomes the history of the rest."""
+    c = torch.zeros(1, 5, 20)
+    for given, first_steps, passes in ((0, 5, 5 + 2 * 2), (0, None, 3 * 2), (1, 5, 2 * 2)):
+        model = NoiseModel()
+        start = torch.zeros(1, given, 3, 8, 8)
+        made = list(sample.generate(model, [(0, c)], start, 3, 2, first_steps=first_steps))
+        assert len(made) == 3 - given and len(model.histories) == passes
+    model = NoiseModel()
+    other = c + 1
+    texts = [(0, c), (1, other)]
+    made = list(sample.generate(model, texts, torch.zeros(1, 0, 3, 8, 8), 3, 2, first_steps=5))
+    assert len(made) == 3 and torch.equal(model.histories[5], made[0])
+
+
 def test_eval_from_nothing_gives_no_frame():
     truth, made, scores = evaluate(NoiseModel(), frames=5, videos=3, given=0)
     assert made.shape == truth.shape and not torch.equal(made[:, 0], truth[:, 0])
@@ -3958,7 +3973,15 @@ def test_eval_passes_its_flags_on_and_replaces_its_own_picture(here, monkeypatch
     flags += ["--seed", "3", "--guidance", "4", "--time-shift", "6", "--out", "x.gif"]
     for _ in range(2):
         call(run, *flags, "--true-history")
-    options = {"steps": 1, "time_shift": 6.0, "guidance": 4.0, "window": 2, "sink": 0, "seed": 3}
+    options = {
+        "steps": 1,
+        "first_steps": 16,
+        "time_shift": 6.0,
+        "guidance": 4.0,
+        "window": 2,
+        "sink": 0,
+        "seed": 3,
+    }
     assert calls == [(5, 7, options | {"true_history": True, "given": 2})] * 2
     with pytest.raises(ValueError, match="x.gif exists and was made with other settings"):
         call(run, *flags)

@@ -319,6 +319,7 @@ PAPER = {  # defaults of --preset wan-...
     "ema": 0.999,
     "time_shift": 3.0,
     "sample_steps": 32,
+    "sample_shift": 5.0,
     "guidance": 5.0,
     "recompute": True,
 }
@@ -465,7 +466,7 @@ def add_picture_flags(add):
              "sprites, clip_loss of a folder, which holds out none (default: %(default)s)")
     add("--sample-steps", type=bounded_int(1, 1000), default=4,
         help="Euler steps per frame in pictures (default: %(default)s)")
-    add("--sample-shift", type=positive_float, default=5.0,
+    add("--sample-shift", type=positive_float, default=10.0,
         help="Eq. (7) on these steps; higher: more of them at high noise (default: %(default)s)")
     add("--guidance", type=nonnegative_float, default=1.5,
         help="scale of classifier-free guidance in pictures; 1: none (default: %(default)s)")
