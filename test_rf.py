@@ -2949,11 +2949,15 @@ def test_the_plan_follows_the_flags():
     usual = planned(Config(), 7, "--frames", 10)
     assert planned(Config(top_k=2), 7, "--frames", 10).teacher < usual.teacher
     assert planned(Config(window=2), 7, "--frames", 10).teacher < usual.teacher
-    assert planned(Config(), 7, "--frames", 10, "--batch", 32).teacher == 2 * usual.teacher
+    assert planned(Config(), 7, "--frames", 10, "--batch", 16).teacher == 2 * usual.teacher
     halves = planned(Config(), 7, "--frames", 10, "--accumulate", 2)
     assert 2 * halves.memory["activations"] == usual.memory["activations"]
     less = planned(Config(), 7, "--frames", 10, "--recompute")
     assert less.memory["activations"] < usual.memory["activations"]
+    adamw = planned(Config(), 7, "--frames", 10, "--optimizer", "adamw")
+    of_blocks = CausalDiT(Config()).blocks.state_dict().values()
+    saved = adamw.memory["moments"] - usual.memory["moments"]
+    assert saved == 4 * sum(p.numel() for p in of_blocks if p.dim() == 2)
 
 
 def one_call(q, k, v, past, own, *_):

@@ -1267,6 +1267,10 @@ def plan(args, config, words, world):
     with torch.device("meta"):
         net = CausalDiT(config)
     weights = 4 * sum(p.numel() for p in net.parameters())
+    in_muon = [p for name, p in net.named_parameters() if takes_muon(name, p)]
+    moments = 2 * weights  # AdamW keeps two, Muon one
+    if args.optimizer == "muon":
+        moments -= 4 * sum(p.numel() for p in in_muon)
     block = 4 * sum(p.numel() for p in net.blocks[0].parameters())
     clips = args.batch // world // args.accumulate
     token = 60 * config.dim + 6 * config.ffn_dim  # bytes that a block keeps of a token
@@ -1279,7 +1283,7 @@ def plan(args, config, words, world):
     memory = {
         "weights": weights / shards,
         "gradients": weights / shards,
-        "moments": 2 * weights / shards,
+        "moments": moments / shards,
         "average": weights / shards,
         "gathered weights": gathered,
         "activations": clips * (2 * N - 1) * P * kept,
