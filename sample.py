@@ -274,6 +274,7 @@ BOX = Path(__file__).parent / "results" / "resample.pt"
 LARGEST = 10**12
 MAX_RATE = 1000  # frames per second
 MAX_VIDEOS = 256  # files that are written at once: each holds an encoder
+TABLE_FLAGS = ("table", "true_history", "from_nothing", "parts")
 EVAL_BATCH = 16  # videos of --eval that are continued at once
 GIVEN = 2  # true frames of the model that --eval continues
 
@@ -453,6 +454,9 @@ def parse(argv):
         help="with --eval or --table: generate from the captions alone; no true frame is given")
     add("--compare", type=path_type, nargs="+", default=[], metavar="RUN",
         help="--eval of several runs on the same clips, with one picture of all")
+    add("--parts", type=bounded_int(1, 1000), default=3,
+        help="with --eval, --compare or --table: cut the videos into this many parts, one row each "
+        "(default: %(default)s)")
     add("--table", type=path_type, nargs="+", default=[], metavar="RUN",
         help="print what --eval saved; NAME-0, NAME-1 ... are seeds of NAME")
     add("--routing", action="store_true",
@@ -492,11 +496,15 @@ def refuse_ignored(args):
     defaults = vars(parse([]))
     changed = [name for name, value in vars(args).items() if value != defaults[name]]
     if args.table:
-        others = [name for name in changed if name not in ("table", "true_history", "from_nothing")]
+        others = [name for name in changed if name not in TABLE_FLAGS]
         if others:
             raise ValueError(f"--table prints what --eval saved; leave out {', '.join(others)}")
     if "videos" in changed and not (args.eval or args.compare):
         raise ValueError(f"--videos {args.videos} works with --eval or --compare; add one of them")
+    if "parts" in changed and not (args.eval or args.compare or args.table):
+        raise ValueError(
+            f"--parts {args.parts} works with --eval, --compare or --table; add one of them"
+        )
     if "negative" in changed and not args.wan:
         raise ValueError("--negative works with --wan; add --wan PATH")
     if args.overwrite and not (args.out and names_a_file(args.out)):
@@ -571,6 +579,10 @@ def check(args, model):
         raise ValueError(
             f"--frames {args.frames}: the first two frames of {chunk} are given; "
             f"{(GIVEN + 1) * chunk} or more would work"
+        )
+    if measured and args.parts > args.frames:
+        raise ValueError(
+            f"--parts {args.parts}: wanted at most one for each of {args.frames} frames"
         )
     check_sink(args, model)
     if args.routing and not model.config.top_k:
@@ -860,7 +872,7 @@ def print_metrics(args, given, scores):
         f"{given} given, window {args.window or 'none'}, {args.steps} steps"
         + (", on true history" if args.true_history else "")
     )
-    print(metrics_table(scores))
+    print(metrics_table(scores, args.parts))
 
 
 def row_names(filled):
@@ -870,16 +882,16 @@ def row_names(filled):
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def metrics_table(scores):
+def metrics_table(scores, parts=3):
     """Format `data.measure`'s scores (B, T, 3) as a table, by thirds of the video as in Table 1.
 
-    The mean over the third's frames of the mean over videos ± standard error over the videos, "-"
-    for a single one.
+    The mean over the frames of a part of the mean over videos ± standard error over the videos, "-"
+    for a single one. parts: how many equal parts the video is cut into.
     """
     T = scores.shape[1]
     columns = {"Temporal": 1, "Visual": 0, "Text": 2}
     lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in columns)]
-    edges = [round(third * T / 3) for third in range(4)]
+    edges = [round(i * T / parts) for i in range(parts + 1)]
     for start, end in [*pairwise(edges), (0, T)]:
         part = scores[:, start:end]
         mean = part.nanmean(dim=0).nanmean(dim=0)
@@ -939,7 +951,7 @@ def print_tables(args):
             )
         plural = "s" if len(seeds) > 1 else ""
         print(f"{Path(name).name}, {len(seeds)} seed{plural}")
-        print(metrics_table(torch.stack(seeds)))
+        print(metrics_table(torch.stack(seeds), args.parts))
 
 
 def read_scores(run, args):

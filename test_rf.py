@@ -3451,6 +3451,8 @@ def test_flags_that_are_set_are_kept_and_latents_have_defaults_of_their_own(rand
         (["--sink", "1", "--eval", "--true-history"], "--sink 1 has no effect with --true-history"),
         (["--table", "run"], "--table prints what --eval saved; leave out checkpoint, steps"),
         (["--videos", "3"], "--videos 3 works with --eval or --compare"),
+        (["--parts", "4"], "--parts 4 works with --eval, --compare or --table"),
+        (["--eval", "--parts", "9", "--frames", "8"], "--parts 9: wanted at most one for each of 8"),
         (["--negative", "blurry"], "--negative works with --wan"),
         (["--overwrite"], "--overwrite works with --out FILE"),
         (["--overwrite", "--out", "folder"], "--overwrite works with --out FILE"),
@@ -3926,6 +3928,8 @@ def test_the_table_has_means_and_standard_errors_by_thirds():
     assert lines[2].split() == "2-3 2.50 ± 0.65 0.00 ± 0.00 0.00 ± 0.00".split()
     assert lines[3].split() == "4-5 0.00 ± 0.00 0.00 ± 0.00 8.00 ± 0.00".split()
     assert lines[4].split() == "0-5 0.83 ± 0.22 3.33 ± 0.00 1.60 ± 0.00".split()
+    rows = sample.metrics_table(scores, parts=2).splitlines()
+    assert [row.split()[0] for row in rows] == ["frames", "0-2", "3-5", "0-5"]
 
 
 def test_a_single_row_has_no_standard_error():
