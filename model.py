@@ -577,8 +577,7 @@ def load_checkpoint(path):
 
 
 def full_precision(z):
-    """Weights kept in half precision (`results/pack.py`) in float32; others, and a wrong type, as
-    they are."""
+    """Weights of half precision, as results/pack.py writes them, in float32; others as they are."""
     return z.float() if torch.is_tensor(z) and z.dtype in (torch.float16, torch.bfloat16) else z
 
 

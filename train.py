@@ -967,10 +967,11 @@ def check_same_run(state, net, args):
     if "optimizer" not in state:
         raise ValueError(f"{args.out} holds no optimizer state to resume; --init would work")
     was = state["args"]
-    if was.get("optimizer", "adamw") != args.optimizer:
+    optimizer = was.get("optimizer", "adamw")  # older runs had no choice
+    if optimizer != args.optimizer:
         raise ValueError(
-            f"--optimizer {args.optimizer}: the run in {args.out} was trained with "
-            f"{was.get('optimizer', 'adamw')}; leave the flag out, or use --init"
+            f"--optimizer {args.optimizer}: the run in {args.out} was trained with {optimizer}; "
+            f"--optimizer {optimizer} would work, or --init"
         )
     if step < 0 or (step > 0 and not has_moments(state["optimizer"], net, args.optimizer)):
         raise ValueError(
