@@ -2489,7 +2489,7 @@ def test_a_run_leaves_what_design_says(trained):
         3,
     ]
     assert [e["step"] for e in log_of(trained) if "held_out_loss" in e] == [2, 3]
-    assert np.allclose(logged(trained, "lr"), [0.005, 0.01, 0.01])
+    assert np.allclose(logged(trained, "lr"), [0.0035, 0.007, 0.007])
     for name in ("step_000002.gif", "step_000002.png", "final.gif", "final.png"):
         assert (trained / "samples" / name).stat().st_size > 100
     assert iio.imread(trained / "samples/final.gif").shape[0] == 16
@@ -2527,7 +2527,7 @@ def test_pictures_have_the_window_of_training(window, chunk, frames, wanted, mon
     args = train.parse(["--frames", str(frames), "--chunk", str(chunk), "--guidance", "3"])
     train.continue_clips(net, Sprites(8, frames), frames, args)
     assert calls[0]["window"] == wanted and calls[0]["given"] == min(2, frames // chunk - 1)
-    assert (calls[0]["steps"], calls[0]["time_shift"], calls[0]["guidance"]) == (4, 5, 3)
+    assert (calls[0]["steps"], calls[0]["time_shift"], calls[0]["guidance"]) == (4, 10, 3)
 
 
 def test_held_out_clips_are_not_trained_on(trained, monkeypatch, tmp_path):
@@ -3657,6 +3657,15 @@ def test_packed_weights_are_a_run_without_a_folder(trained, here, capsys, monkey
     with pytest.raises(ValueError, match="no optimizer state to resume"):
         shutil.copy(box, "runs/a/ckpt.pt")
         train.main(["--resume", "--out", "runs/a", "--steps", "9"])
+
+
+@pytest.mark.parametrize("name", ["teacher", "resample"])
+def test_the_weights_in_the_box_continue_sprites(name):
+    path = HERE / "results" / f"{name}.pt"
+    assert path.stat().st_size < 2.5e6
+    model = sample.load_run(path)
+    _, _, scores = sample.evaluate(model, 12, 8, 4, 10.0, 1.5, window=9)
+    assert (mean(scores[:, 2:]) > 80).all(), "Visual, Temporal and Text"
 
 
 def test_a_run_is_named_by_its_folder_or_its_checkpoint(random_run):
