@@ -1359,8 +1359,8 @@ def truth():
 
 
 def blurred(video, sigma):
-    g = torch.exp(-(torch.arange(-4, 5.0) ** 2) / (2 * sigma**2))
-    pad = torch.nn.functional.pad(video.flatten(0, 2)[:, None], (4,) * 4, mode="replicate")
+    g = torch.exp(-(torch.arange(-8, 9.0) ** 2) / (2 * sigma**2))
+    pad = torch.nn.functional.pad(video.flatten(0, 2)[:, None], (8,) * 4, mode="replicate")
     kernel = (g[:, None] * g / g.sum() ** 2)[None, None]
     return torch.nn.functional.conv2d(pad, kernel).view_as(video)
 
@@ -1383,27 +1383,31 @@ def test_metrics_give_truth_100_and_noise_0(truth):
 def test_the_error_of_a_sprites_cover_is_that_of_its_drawing(wall):
     """`measure` moves one sprite at a time, by a quadratic of its cover, and draws it nowhere."""
     torch.manual_seed(0)
-    at = torch.tensor([[10.0, 9.0], [14.0, 12.0], [11.0, 14.0]]).expand(2, 3, 2)
-    shape, colour = torch.tensor([[0, 1, 2]] * 2), torch.tensor([[3, 0, 1]] * 2)
-    there = torch.tensor([[True, True, True], [True, True, False]])
-    picture = torch.rand(2, 3, 24, 24) * 2 - 1
+    at = 4 + 16 * torch.rand(8, 3, 2)
+    shape, colour = torch.randint(3, (8, 3)), torch.rand(8, 6).argsort(1)[:, :3]
+    there = torch.rand(8, 3) < 0.8
+    picture = torch.rand(8, 3, 24, 24) * 2 - 1
     for s in range(3):
         first, second = data.error_of_cover(picture, at, shape, colour, there, s, wall)
-        gone, moved = there.clone(), at.clone()
-        gone[:, s] = False
+        moved, gone, shown = at.clone(), there.float(), there.float()
         moved[:, s] += torch.tensor([1.3, -0.4])
-        without = data.paint(at, shape, colour, 24, wall, gone.float())
-        drawn = data.paint(moved, shape, colour, 24, wall, there.float())
-        cover = data.coverage(moved[:, s], shape[:, s], 24, data.radius_of(24))
+        gone[:, s] = 0
+        opacity = torch.rand(8)
+        shown[:, s] *= opacity
+        without = data.paint(at, shape, colour, 24, wall, gone)
+        drawn = data.paint(moved, shape, colour, 24, wall, shown)
         wanted = (drawn - picture).square().sum(1) - (without - picture).square().sum(1)
-        assert close(first * cover + second * cover**2, wanted, 1e-5)
+        assert wanted.abs().max() > 0.5, "one at least is in sight"
+        cover = data.coverage(moved[:, s], shape[:, s], 24, data.radius_of(24))
+        alpha = cover * opacity[:, None, None]
+        assert close(first * alpha + second * alpha**2, wanted, 1e-5)
 
 
 def test_metrics_tell_pixels_motion_and_names_apart(truth):
     video, captions, scores = truth
     scores = mean(scores)
     slight, strong = (mean(measure(blurred(video, sigma), captions)) for sigma in (0.8, 4))
-    assert (scores >= slight - 1).all() and (slight > strong + 10).all()
+    assert (scores >= slight - 1).all() and (slight > strong + 30).all()
     assert slight[0] < scores[0] - 10 and (slight > scores - 10)[1:].all(), "blur costs Visual"
     swapped = mean(measure(video[:, :, [2, 0, 1]], captions))
     assert swapped[2] < scores[2] - 40, "other colours cost Text"
@@ -2390,14 +2394,35 @@ def test_dropping_every_text_is_training_without_captions(tmp_path, quick):
     assert dropped == withheld and dropped[2] != told[2]
 
 
-def test_micro_batches_are_one_batch(tmp_path, quick):
-    """Adam hides the scale of a gradient, so compare its norm."""
-    for parts in (1, 2, 4):
-        flags = ["--steps", 3, "--warmup", 1, "--batch", 4, "--accumulate", parts]
-        run_train(tmp_path / str(parts), *flags)
+def trained_alike(one, other, layers, tolerance):
+    """Whether two runs logged the same to 1e-4, and each weight of one is where that of the other
+    is, to within a share of how far it has moved: a norm would not notice what hardly moves."""
     for name in ("loss", "norm"):
-        one, two, four = (logged(tmp_path / parts, name) for parts in "124")
-        assert np.allclose(one, two, atol=1e-4) and np.allclose(one, four, atol=1e-4)
+        assert np.allclose(logged(one, name), logged(other, name), atol=1e-4), name
+    torch.manual_seed(0)
+    start = CausalDiT(replace(TINY_CONFIG, layers=layers)).state_dict()
+    one, other = checkpoint_of(one), checkpoint_of(other)
+    for part in ("model", "ema"):
+        for key, value in one[part].items():
+            apart, moved = (value - other[part][key]).norm(), (value - start[key]).norm()
+            assert moved > 0 and apart <= tolerance * moved, (part, key)
+    return True
+
+
+# of how far a weight has moved. AdamW's updates agree to the rounding of float32. Muon's are
+# orthogonalized in bfloat16, which turns the directions that a gradient hardly has most: up to a
+# fifth of one matrix. At half the learning rate, or without history, it is half or more.
+ROUNDING = [("adamw", 1e-3), ("muon", 0.3)]
+
+
+@pytest.mark.parametrize("optimizer, tolerance", ROUNDING)
+def test_micro_batches_are_one_batch(optimizer, tolerance, tmp_path, quick):
+    """Adam hides the scale of a gradient, so compare its norm too."""
+    for parts in (1, 2, 4):
+        flags = ["--steps", 3, "--warmup", 1, "--batch", 4, "--accumulate", parts, "--lr", 1e-3]
+        run_train(tmp_path / str(parts), *flags, "--muon-lr", 1e-3, "--optimizer", optimizer)
+    for parts in "24":
+        assert trained_alike(tmp_path / "1", tmp_path / parts, 1, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -2562,6 +2587,7 @@ def test_resume_is_exact_across_the_warm_up(tmp_path, stopped, monkeypatch, quic
     train.main(["--resume", "--out", str(tmp_path / "halves")])
 
     halves = checkpoint_of(tmp_path / "halves")
+    assert whole["args"]["optimizer"] == "muon"
     for key in ("model", "ema", "optimizer", "step", "config"):
         assert same(whole[key], halves[key]), key
     assert logged(tmp_path / "whole") == logged(tmp_path / "halves")
@@ -2648,9 +2674,18 @@ def test_resuming_deletes_the_half_written_files_of_a_killed_run(copied, quick):
     assert not any(path.exists() for path in parts) and all(path.exists() for path in others)
 
 
-def test_a_run_keeps_its_optimizer(copied):
-    with pytest.raises(ValueError, match="--optimizer adamw: the run in .* trained with muon"):
-        train.main(["--resume", "--out", str(copied), "--steps", "4", "--optimizer", "adamw"])
+@pytest.mark.parametrize("was, other", [("muon", "adamw"), ("adamw", "muon"), (None, "muon")])
+def test_a_run_keeps_its_optimizer(was, other, copied):
+    """Runs from before there was a choice were trained with AdamW."""
+    state = checkpoint_of(copied)
+    state["args"]["optimizer"] = was
+    if was is None:
+        del state["args"]["optimizer"]
+    torch.save(state, copied / "ckpt.pt")
+    message = f"--optimizer {other}: the run in .* trained with {was or 'adamw'}; .* would work"
+    with pytest.raises(ValueError, match=message) as error:
+        train.main(["--resume", "--out", str(copied), "--steps", "4", "--optimizer", other])
+    assert "\n" not in str(error.value)
 
 
 def test_init_refuses_weights_that_predict_another_thing(trained, tmp_path, quick):
@@ -2817,10 +2852,9 @@ def test_new_runs_are_numbered(tmp_path, monkeypatch, quick):
 # several processes
 
 
-@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 2e-4), ("muon", 1e-3)])
+@pytest.mark.parametrize("optimizer, tolerance", ROUNDING)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, optimizer, tolerance, quick):
-    """To within rounding: Muon's is that of bfloat16."""
     flags = [*TINY, "--batch", 4, "--warmup", 1, "--layers", 2, "--decay", "constant"]
     flags = [*map(str, flags), "--accumulate", "2", "--lr", "1e-3", "--muon-lr", "1e-3"]
     flags += ["--optimizer", optimizer]
@@ -2832,12 +2866,7 @@ def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, optimizer, t
     assert status == 0 and out.count("look at") == 1, out
     train.main(["--resume", "--steps", "4", "--out", str(two)])
 
-    for name in ("loss", "norm"):
-        assert np.allclose(logged(tmp_path / "one", name), logged(two, name), atol=tolerance)
-    one, two = checkpoint_of(tmp_path / "one"), checkpoint_of(two)
-    for part in ("model", "ema"):
-        for key, value in one[part].items():
-            assert close(value, two[part][key], tolerance), (part, key)
+    assert trained_alike(tmp_path / "one", two, 2, tolerance)
 
 
 def test_several_processes_refuse_in_one_line(copied):
@@ -3017,8 +3046,8 @@ def test_a_run_begins_with_wans_weights_and_the_papers_numbers(tmp_path, monkeyp
 
     flags = f"--preset wan-1.3b --data {tmp_path}/latents --init {tmp_path}/wan.pth".split()
     args = train.parse(flags)
-    paper = (args.batch, args.lr, args.frames, args.decay, args.recompute)
-    assert paper == (64, 5e-5, 21, "constant", True)
+    paper = (args.batch, args.optimizer, args.lr, args.frames, args.decay, args.recompute)
+    assert paper == (64, "adamw", 5e-5, 21, "constant", True)
     flags += f"--frames 6 --batch 1 --steps 1 --lr 1e-9 --device cpu --out {tmp_path}/run".split()
     train.main(flags)
     state = checkpoint_of(tmp_path / "run")["model"]
@@ -3644,6 +3673,15 @@ def test_packed_weights_are_a_run_without_a_folder(trained, here, capsys, monkey
     assert box.stat().st_size < 2 * weights + 40_000
     for a, b in zip(whole.parameters(), packed.parameters()):
         assert torch.equal(a.half().float(), b)
+    assert not {"out", "init", "resume", "device"} & packed.run.keys()
+    assert packed.run.items() < whole.run.items()
+
+    c = Sprites().words.text(["red circle"])
+    nothing = torch.zeros(1, 0, 3, 8, 8)
+    long, short = (
+        torch.cat(list(sample.generate(net, [(0, c)], nothing, 6, 2)), 1) for net in (whole, packed)
+    )
+    assert 0 < (long - short).abs().max() < 0.01 * long.abs().max(), "half precision: 0.0005"
 
     monkeypatch.setattr(sample, "BOX", box)
     sample.main(["red circle", "--frames", "4", "--device", "cpu"])
@@ -3653,9 +3691,12 @@ def test_packed_weights_are_a_run_without_a_folder(trained, here, capsys, monkey
     shutil.copy(trained / "ckpt.pt", "runs/a")
     assert sample.default_checkpoint() == Path("runs/a"), "a run of one's own comes first"
 
-    train.main([*TINY, "--init", str(box), "--steps", "1", "--out", "runs/b"])
+    still = ["--lr", "1e-12", "--muon-lr", "1e-12"]
+    train.main([*TINY, "--init", str(box), "--steps", "1", "--out", "runs/b", *still])
+    begun = checkpoint_of(Path("runs/b"))["model"]
+    assert all(close(begun[name], p, 1e-6) for name, p in packed.named_parameters())
+    shutil.copy(box, "runs/a/ckpt.pt")
     with pytest.raises(ValueError, match="no optimizer state to resume"):
-        shutil.copy(box, "runs/a/ckpt.pt")
         train.main(["--resume", "--out", "runs/a", "--steps", "9"])
 
 
