@@ -54,6 +54,7 @@ from data import (
     writer,
 )
 from model import PRESETS, CausalDiT, Config, load_checkpoint
+from results import rivals, small_things
 from rf import (
     HISTORY,
     Guided,
@@ -4198,6 +4199,292 @@ def test_the_time_of_a_frame_is_printed_by_its_number(capsys):
     out = capsys.readouterr().out
     assert "2.0 frames per second" in out and "guidance counted" in out
     assert "; 0.7 with the VAE's decoding" in out
+
+
+# ---- results/rivals.py: the principles of Table 1's other rows ----
+
+
+class Gauss:
+    """The exact v of clips whose every value is N(mean, std^2)."""
+
+    def __init__(self, mean, std=0.5):
+        self.mean = mean
+        self.std = std
+
+    def __call__(self, x_t, t):
+        t = t[..., None, None, None]
+        gain = (1 - t) * self.std**2 / ((1 - t) ** 2 * self.std**2 + t**2)
+        clean = self.mean + gain * (x_t - (1 - t) * self.mean)
+        return (x_t - clean) / t
+
+
+def dmd_gradient(student, real, fake):
+    """The mean gradient of DMD's loss to clips of a Gaussian student, times their number."""
+    torch.manual_seed(0)
+    clips = student.mean + student.std * torch.randn(256, 1, 3, 4, 4)
+    clips.requires_grad_()
+    t = 0.02 + 0.96 * torch.rand(256, 1)
+    rivals.dmd_loss(clips, t, torch.randn_like(clips), real, fake).backward()
+    return clips.grad * clips.numel()
+
+
+def test_dmd_moves_the_student_to_the_data():
+    data, student = Gauss(1.0), Gauss(-0.5)
+    ahead = dmd_gradient(student, data, student)
+    assert ahead.mean() < -0.3, "descent raises -0.5 to 1"
+    assert dmd_gradient(data, student, data).mean() > 0.3
+    near = dmd_gradient(Gauss(0.9), data, Gauss(0.9))
+    assert abs(near.mean()) < abs(ahead.mean()) / 3, "the nearer, the smaller"
+    assert (dmd_gradient(data, data, data) == 0).all()
+
+    wide, narrow = Gauss(1.0, 0.8), Gauss(1.0, 0.3)
+    torch.manual_seed(0)
+    outward = narrow.mean + narrow.std * torch.randn(256, 1, 3, 4, 4) - 1
+    gradient = dmd_gradient(narrow, wide, narrow)
+    assert (gradient * outward).mean() < 0, "it also spreads a student that is too narrow"
+
+
+class Noise:
+    """`rand` and `randn` of one seed, whatever the default generator does."""
+
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def rand(self, *shape, device=None, dtype=None):
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+    def randn(self, *shape, device=None, dtype=None):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("last_step", [0, 1, 3])
+@pytest.mark.parametrize("window, sink", [(9, 0), (3, 1)])
+def test_a_students_gradient_comes_from_its_last_pass_alone(last_step, window, sink):
+    """The same frames as without a gradient, and the same gradient if another network, of equal
+    weights, makes all the passes before."""
+    net, (x, noise, _, c) = tiny(), clip()
+    twin = copy.deepcopy(net)
+    graded = []
+
+    def frames(model):
+        cache = rivals.FrozenCache(net.config, 2, window, sink)
+        x_1 = noise[:, 2:]
+        made = rivals.student_frames(model, x_1, c, x[:, :2], cache, 2, last_step, Noise())
+        return torch.cat(list(made), 1)
+
+    def split(x, t, c, history, cache, first):
+        if not torch.is_grad_enabled():
+            return twin(x, t, c, history, cache, first)
+        assert history is None
+        graded.append((first, t[0, 0].item()))
+        return net(x, t, c, history, cache, first)
+
+    with torch.no_grad():
+        wanted = frames(net)
+    gradients = []
+    for model in (net, split):
+        made = frames(model)
+        assert close(made, wanted)
+        net.zero_grad()
+        made.square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in net.named_parameters()})
+    level = rivals.solver_times()[last_step].item()
+    assert graded == [(first, level) for first in range(2, 6)], "one pass a frame"
+    assert all(close(z, gradients[1][name], 1e-9) for name, z in gradients[0].items())
+    assert all(z.abs().max() > 0 for z in gradients[0].values())
+    assert all(p.grad is None for p in twin.parameters())
+
+
+def test_levels_of_diffusion_forcing():
+    """SkyReels-V2's never fall along time and reach from 0 to 1 in every frame; MAGI-1's are a
+    ramp as steep as the pipeline of the rollout."""
+    levels = rivals.non_decreasing_levels(4000, 5, torch)
+    assert (levels.diff(dim=1) >= 0).all() and (levels.min() >= 0) and (levels.max() <= 1)
+    assert (levels.min(0).values < 0.05).all() and (levels.max(0).values > 0.95).all()
+    assert levels.std(1).min() < 0.1 < levels.std(1).max()
+
+    ramp = rivals.pipeline_levels(4000, 10, torch)
+    rise = ramp.diff(dim=1)
+    inside = (ramp[:, 1:] < 1) & (ramp[:, :-1] > 0)
+    assert close(rise[inside], torch.full_like(rise[inside], 1 / rivals.STEPS), 1e-5)
+    assert (rise >= 0).all() and (ramp[:, 0] < 1).all()
+
+
+def test_diffusion_forcing_without_noise_in_the_history_is_teacher_forcing():
+    """Only the last frame is noisy: its loss is that of Eq. (4) on the true history."""
+    net, (x, _, t, c) = tiny(), clip()
+    t[:, :-1] = 0
+    loss = rivals.diffusion_forcing_loss(net, x, c, t, Noise())
+    eps = Noise().randn(*x.shape)
+    v = net(add_noise(x, eps, t), t, c, x[:, :-1])
+    assert close(loss, (v - (eps - x))[:, -1].square().mean())
+    noisier = t.clone()
+    noisier[:, 2] = 0.5
+    changed = rivals.diffusion_forcing_loss(net, x, c, noisier, Noise())
+    assert not close(changed, loss, 1e-3)
+
+
+def test_the_pipeline_finishes_a_frame_a_pass():
+    """Four frames are in flight, each one solver step ahead of the next; no frame sees more of
+    the past than in training, and each starts from its own noise."""
+    net = Recorder()
+    given, c = torch.zeros(2, 2, 3, 4, 4), torch.zeros(2, 1, 5)
+
+    def called(x, t, c, history, cache, first, history_t):
+        net.calls.append((x, t, history, history_t, first))
+        return torch.zeros_like(x)
+
+    frames = list(rivals.magi_rollout(called, given, c, frames=16, seed=0))
+    assert len(frames) == 14 and len(net.calls) == 14 + rivals.STEPS - 1
+    times = rivals.solver_times()
+    x, t, history, history_t, first = net.calls[8]
+    assert x.shape[1] == rivals.STEPS and torch.equal(t[0], times[:-1].flip(0))
+    assert history.shape[1] == first + rivals.STEPS - 1 == 9
+    assert torch.equal(history[:2, first:], x[:2, :-1])
+    assert torch.equal(history_t[0, first:], t[0, :-1]) and (history_t[:, :first] == 0).all()
+    assert not close(frames[0], frames[1], 0.1)
+
+
+def test_the_pipelines_frames_are_a_rollouts_where_history_does_not_matter():
+    """With v that depends on a frame alone, order of work cannot change the result."""
+    c = torch.zeros(2, 1, 5)
+
+    def alone(x, t, c, history=None, cache=None, first=0, history_t=None):
+        return x.tanh() * t[..., None, None, None]
+
+    made = torch.cat(list(rivals.magi_rollout(alone, torch.zeros(2, 2, 3, 4, 4), c, 9, 0)), 1)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.cat([torch.randn(2, 1, 3, 4, 4, generator=generator) for _ in range(7)], 1)
+    x = noise
+    for now, after in zip(rivals.solver_times(), rivals.solver_times()[1:]):
+        x = x + (after - now) * x.tanh() * now
+    assert close(made, x, 1e-6)
+
+
+def test_an_error_bank_adds_residuals_to_nine_clips_of_ten():
+    bank = rivals.ErrorBank(time_shift=1.0)
+    x = torch.randn(200, 3, 2, 4, 4)
+    assert torch.equal(bank.history(x, torch), x), "at first it is empty"
+    bank.errors = 1.0 + torch.arange(8.0)[:, None, None, None].expand(8, 2, 4, 4)
+    added = (bank.history(x, torch) - x)[:, :, 0, 0, 0].round()
+    spoiled = (added > 0).all(1)
+    assert ((added == 0).all(1) | spoiled).all() and 0.83 < spoiled.float().mean() < 0.96
+    assert len(added[spoiled].unique()) == 8
+
+    net, (x, _, _, c) = tiny(), clip()
+    bank = rivals.ErrorBank(time_shift=1.0, size=15)
+    for _ in range(2):
+        bank.loss(net, x, c, 0, Noise()).backward()
+    assert bank.errors.shape == (15, 2, 4, 6) and not bank.errors.requires_grad
+    model = rivals.Remember(net)
+    flow_matching_loss(model, x, c, x[:, :-1], 1.0, Noise(5))
+    eps_t = Noise(5)
+    t = shift(eps_t.randn(2, 6).sigmoid(), 1.0)
+    x_t = add_noise(x, eps_t.randn(*x.shape), t)
+    v = net(x_t, t, c, x[:, :-1])
+    assert close(model.clean, x_t - t[..., None, None, None] * v)
+
+
+def test_recycling_reuses_the_clean_estimate_of_the_step_before():
+    net, (x, _, _, c) = tiny(), clip()
+    seen = []
+
+    def watched(x, t, c, history):
+        seen.append(history)
+        return net(x, t, c, history)
+
+    method = rivals.Recycle(time_shift=1.0, times=3)
+    cleans = []
+    for step in range(4):
+        method.loss(watched, x + step, c, step, Noise(step))
+        cleans.append(method.clean)
+    assert torch.equal(seen[0], x[:, :-1]), "new clips begin with the truth"
+    assert torch.equal(seen[1], cleans[0][:, :-1]) and torch.equal(seen[2], cleans[1][:, :-1])
+    assert torch.equal(seen[3], (x + 3)[:, :-1])
+
+
+@pytest.fixture(scope="module")
+def table_1(tmp_path_factory):
+    """A warm-up and a bidirectional teacher, both of a few steps."""
+    folder = tmp_path_factory.mktemp("table-1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "report", lambda *args: None)
+        patch.setattr(train, "log_samples", lambda *args: None)
+        flags = ["--history", "teacher", "--steps", "3", "--warmup", "3", "--frames", "6"]
+        train.main([*TINY, *flags, "--out", str(folder / "warm-0")])
+        train.main([*TINY, *flags, "--chunk", "6", "--out", str(folder / "real-0")])
+    return folder
+
+
+@pytest.mark.parametrize("method", rivals.METHODS)
+def test_a_rival_is_trained_and_measured(method, table_1, capsys):
+    command = f"train {method} --init {table_1}/warm-0 --out {table_1}/{method}-0 --steps 6"
+    if method in rivals.DISTILLED:
+        command += f" --teacher {table_1}/real-0 --lr 1e-3"
+    rivals.main(command.split())
+    before, after = checkpoint_of(table_1 / "warm-0"), checkpoint_of(table_1 / f"{method}-0")
+    moved = [not torch.equal(before["ema"][name], z) for name, z in after["model"].items()]
+    assert all(moved) and after["config"] == before["config"]
+
+    out = table_1 / method
+    command = f"eval {table_1}/{method}-0 --frames 8 --videos 2 --out {out}".split()
+    rivals.main(command)
+    row = json.loads((out / f"{method}-0.json").read_text())
+    assert np.array(row["frames"]).shape == (8, 3) and row["minutes"] > 0
+    assert (row["teacher_minutes"] > 0) == (method in rivals.DISTILLED)
+    passes = {"magi": 2 * 43 / 40} | dict.fromkeys(rivals.DISTILLED, 4)  # guidance doubles
+    assert row["passes"] == pytest.approx(passes.get(method, 8))
+    assert f"{method}, 1 seed" in capsys.readouterr().out
+    written = (out / f"{method}-0.json").stat().st_mtime_ns
+    rivals.main(command)
+    assert (out / f"{method}-0.json").stat().st_mtime_ns == written, "a killed one goes on"
+
+
+def test_rivals_refuse_in_one_line(table_1):
+    init = f"--init {table_1}/warm-0"
+    for command, message in [
+        (f"train magi {init} --out {table_1}", "exists; name a new folder"),
+        (f"train causvid {init} --out {table_1}/x", "--teacher goes with"),
+        (f"train magi {init} --out {table_1}/x --teacher {table_1}/real-0", "only them"),
+        (f"train causvid {init} --out {table_1}/x --teacher {table_1}/warm-0", "one chunk"),
+        (f"train magi --init {table_1}/nothing --out {table_1}/x", "nothing"),
+        (f"eval {table_1}/nothing --out {table_1}/y", "nothing"),
+        (f"table {table_1}/nothing", "no NAME-SEED.json"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            rivals.main(command.split())
+        assert "\n" not in str(error.value)
+    assert not (table_1 / "x").exists()
+
+
+# ---- results/small_things.py ----
+
+
+def game_of_a_dot(kind):
+    """Four videos (4, 48, 3, 64, 64) of a dot on a plain field; `kind` says what becomes of it."""
+    video = torch.full((4, 48, 3, 64, 64), -0.5)
+    for b in range(4):
+        for frame in range(48):
+            gone = kind == "gone" and frame > 20
+            t = min(frame, 30) if kind == "frozen" else frame
+            if not gone:
+                y, x = 8 + t, 12 + 4 * b + t // 2
+                video[b, frame, :, y : y + 2, x : x + 2] = 0.8
+                if kind == "everywhere":
+                    video[b, frame, :, y % 16 :: 16, x % 16 :: 16] = 0.8
+    return video
+
+
+def test_small_things_are_judged_alive_if_they_are_there_and_move():
+    truth = game_of_a_dot("moves")
+    background = truth.flatten(0, 1).median(0).values
+    field = small_things.FIELDS["pong"]
+    mass, _, whole = small_things.follow(truth, background, field)
+    typical, most = mass[mass > 0].median(), whole.flatten().quantile(0.95)
+    for kind, wanted in {"moves": 1, "gone": 0, "frozen": 0, "everywhere": 0}.items():
+        video = game_of_a_dot(kind)
+        alive = small_things.alive(video, background, field, typical, most, start=32)
+        assert alive.tolist() == [bool(wanted)] * 4, kind
 
 
 # ---- README.md and the repository ----

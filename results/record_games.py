@@ -30,7 +30,7 @@ FIELDS = {  # rows of the playing field on the screen of 210 x 160 pixels
     "freeway": (24, 196),
 }
 NOOP, FIRE, UP, RIGHT, LEFT = 0, 1, 2, 3, 4
-PONG_UP, PONG_DOWN = 2, 5
+PONG_UP, PONG_DOWN = RIGHT, LEFT  # Pong's paddle is turned by a knob
 
 
 def play(game, ram, rng):
@@ -38,7 +38,7 @@ def play(game, ram, rng):
     if game == "freeway":
         return UP if rng.random() < 0.7 else NOOP
     if game == "pong":
-        ball, paddle = int(ram[54]), int(ram[51])
+        ball, paddle = int(ram[54]), int(ram[51]) + 4
         if abs(ball - paddle) < 4:
             return NOOP
         return PONG_UP if ball < paddle else PONG_DOWN

@@ -1,0 +1,626 @@
+"""Table 1 on the sprites: the training principles of the paper's rivals, on one network.
+
+  python results/rivals.py train skyreels --init runs/t1/warm-0 --out runs/t1/skyreels-0
+  python results/rivals.py train self-forcing --init runs/t1/warm-0 --teacher runs/t1/real-0 \
+--out runs/t1/self-forcing-0
+  python results/rivals.py eval runs/t1/* --out results/table-1
+  python results/rivals.py table results/table-1
+
+Each row is named after the system whose principle it follows; none is that system. The rows NOVA
+(--history teacher), Pyramid Flow (--history noise --noise 0.333) and ours are runs of train.py.
+
+  skyreels      diffusion forcing: every frame has its own noise level, non-decreasing along time,
+                and sees the noisy earlier frames and their levels (after SkyReels-V2)
+  magi          the same with the levels of a pipeline; four frames are denoised at once in
+                sampling, each a step ahead of the next (after MAGI-1)
+  causvid       distilled by DMD from a bidirectional teacher, on noised real clips (after CausVid)
+  self-forcing  the same, on the student's own rollouts (after Self Forcing)
+  longlive      the same, on long rollouts with a window and a sink (after LongLive)
+  error-bank    teacher forcing with the model's own past residuals added to the history (after SVI)
+  recycle       the history is the clean estimate of an earlier training step on the same clip
+
+Clips, network and sizes are those of the run that --init names. B videos, N frames of a clip, C
+channels, L words.
+"""
+
+import json
+import re
+import sys
+import time
+from argparse import Namespace
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Sprites, fold, measure
+from model import CausalDiT, Config, WindowCache, load_checkpoint, load_weights, read_checkpoint
+from rf import Guided, add_noise, flow_matching_loss, shift
+from sample import generate, load_run, metrics_table, new_parser, run_main, write_json
+from train import (
+    ClipNoise,
+    load_batches,
+    make_optimizers,
+    save,
+    set_learning_rate,
+    update_ema,
+)
+
+GIVEN = 2  # true frames that a rollout continues
+STEPS = 4  # solver steps of a frame, and noise levels of a distilled student
+SAMPLE_SHIFT = 10.0  # Eq. (7) on them
+GUIDANCE = 1.5  # of the rows that are not distilled
+WINDOW = 9  # history frames in sight
+
+
+def solver_times(device=None):
+    """The noise levels between which a frame is denoised, from 1 to 0: (STEPS + 1,)."""
+    return shift(torch.linspace(1, 0, STEPS + 1, device=device), SAMPLE_SHIFT)
+
+
+def clean_estimate(x_t, t, v):
+    """x̂ = x_t - t v, from Eq. (3) and v = eps - x. x_t, v (B, N, C, height, width), t (B, N)."""
+    return x_t - t[..., None, None, None] * v
+
+
+# ---- diffusion forcing ----
+
+
+def non_decreasing_levels(B, N, rng):
+    """Noise levels (B, N) of SkyReels-V2: one frame's is uniform, earlier lower, later higher.
+
+    The other levels are uniform below and above it, in order.
+    """
+    frame = (N * rng.rand(B, 1)).long()
+    t = rng.rand(B, 1)
+    u = rng.rand(B, N)
+    place = torch.arange(N, device=t.device)
+    levels = torch.where(place < frame, u * t, t + (1 - t) * u)
+    return torch.where(place == frame, t, levels).sort(1).values
+
+
+def pipeline_levels(B, N, rng):
+    """Noise levels (B, N) of MAGI-1: a ramp over STEPS frames; clean ones before it, noise after.
+
+    The first frame of the ramp, and how far it has come, are uniform.
+    """
+    first = (N * rng.rand(B, 1)).long()
+    phase = rng.rand(B, 1)
+    place = torch.arange(N, device=phase.device)
+    return ((place - first + phase) / STEPS).clamp(0, 1)
+
+
+def diffusion_forcing_loss(model, x, c, t, rng):
+    """Eq. (4) where every frame sees the noisy frames before it, and their noise levels.
+
+    x (B, N, C, height, width), t (B, N). Frames at level 0 have nothing to learn and are left out.
+    """
+    eps = rng.randn(*x.shape, device=x.device)
+    x_t = add_noise(x, eps, t)
+    v = model(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1])
+    noisy = (t > 0).to(x.dtype)[..., None, None, None]
+    error = ((v - (eps - x)).square() * noisy).mean()
+    return error / noisy.mean().clamp(min=1e-6)
+
+
+class DiffusionForcing:
+    """Train with noise levels of `draw`; sample frame after frame, or as a pipeline."""
+
+    def __init__(self, draw, time_shift):
+        self.draw = draw
+        self.time_shift = time_shift
+
+    def loss(self, net, x, c, step, rng):
+        t = shift(self.draw(*x.shape[:2], rng), self.time_shift)
+        return diffusion_forcing_loss(net, x, c, t, rng)
+
+
+class NoisyHistory:
+    """A network whose history is noised to a small level, which it is told, as in SkyReels-V2."""
+
+    def __init__(self, net, level=0.02, seed=0):
+        self.net = net
+        self.config = net.config
+        self.cache = net.cache
+        self.level = level
+        self.noise = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x, t, c, history=None, cache=None, first=0):
+        if history is None:
+            return self.net(x, t, c, None, cache, first)
+        level = torch.full(history.shape[:2], self.level, device=x.device)
+        eps = torch.randn(history.shape, generator=self.noise).to(x.device)
+        return self.net(x, t, c, add_noise(history, eps, level), cache, first, history_t=level)
+
+
+def skyreels_rollout(net, given, c, frames, seed):
+    """Frame after frame, each on slightly noised finished frames; yields (B, 1, C, ...)."""
+    return plain_rollout(NoisyHistory(net, seed=seed), given, c, frames, seed)
+
+
+@torch.no_grad()
+def magi_rollout(net, given, c, frames, seed):
+    """STEPS frames in flight at once, each one solver step ahead of the next.
+
+    A pass moves all of them by a step, so that it finishes one frame. A frame sees the finished
+    ones and the noisy ones before it. Yields each finished frame (B, 1, C, height, width).
+    """
+    noise = torch.Generator().manual_seed(seed)
+    times = solver_times(given.device)
+    model = Guided(net, torch.zeros_like(c[:1]), GUIDANCE)
+    known = given
+    x = given[:, :0]  # the frames in flight, the first to finish first
+    taken = []  # solver steps that each of them has taken
+    started = given.shape[1]
+
+    while known.shape[1] < frames:
+        if started < frames:
+            new = torch.randn(len(given), 1, *given.shape[2:], generator=noise).to(given.device)
+            x = torch.cat([x, new], dim=1)
+            taken.append(0)
+            started += 1
+
+        step = torch.tensor(taken, device=given.device)
+        t = times[step].expand(len(x), -1)
+        past = known[:, -(WINDOW + 1 - STEPS) :]  # no frame sees more than in training
+        history = torch.cat([past, x[:, :-1]], dim=1)
+        history_t = torch.cat([torch.zeros_like(past[:, :, 0, 0, 0]), t[:, :-1]], dim=1)
+        v = model(x, t, c, history, None, past.shape[1], history_t)
+        x = x + (times[step + 1] - times[step])[None, :, None, None, None] * v
+
+        taken = [n + 1 for n in taken]
+        if taken[0] == STEPS:
+            known = torch.cat([known, x[:, :1]], dim=1)
+            yield x[:, :1]
+            x, taken = x[:, 1:], taken[1:]
+
+
+# ---- histories without a rollout ----
+
+
+class Remember:
+    """A network that keeps the clean estimate x̂ of its last call."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x, t, c, history):
+        v = self.net(x, t, c, history)
+        self.clean = clean_estimate(x, t, v).detach()
+        return v
+
+
+class ErrorBank:
+    """Add residuals x̂ - x of earlier steps, of any clip and noise level, to the true history."""
+
+    def __init__(self, time_shift, share=0.9, size=2048):
+        self.time_shift = time_shift
+        self.share = share  # of the clips that get errors
+        self.size = size  # frames in the bank
+        self.errors = None  # (size, C, height, width), the newest first
+
+    def history(self, x, rng):
+        """x (B, N, C, height, width) with errors added to each frame of `share` of the clips."""
+        if self.errors is None:
+            return x
+        drawn = (rng.rand(*x.shape[:2]) * len(self.errors)).long()
+        spoiled = rng.rand(len(x)) < self.share
+        return x + self.errors[drawn] * spoiled[:, None, None, None, None]
+
+    def loss(self, net, x, c, step, rng):
+        model = Remember(net)
+        loss = flow_matching_loss(model, x, c, self.history(x[:, :-1], rng), self.time_shift, rng)
+        errors = (model.clean - x).flatten(0, 1)
+        old = errors[:0] if self.errors is None else self.errors
+        self.errors = torch.cat([errors, old])[: self.size]
+        return loss
+
+
+class Recycle:
+    """Train on the same clips `times` times; the history is x̂ of the step before, at first x."""
+
+    def __init__(self, time_shift, times=4):
+        self.time_shift = time_shift
+        self.times = times
+        self.clips = self.clean = None
+
+    def loss(self, net, x, c, step, rng):
+        if step % self.times == 0:
+            self.clips, self.clean = (x, c), x
+        x, c = self.clips
+        model = Remember(net)
+        loss = flow_matching_loss(model, x, c, self.clean[:, :-1], self.time_shift, rng)
+        self.clean = model.clean
+        return loss
+
+
+# ---- distillation ----
+
+
+class FrozenCache(WindowCache):
+    """A cache that a pass with gradient reads but does not write: its frames have no gradient."""
+
+    def put(self, layer, k, v):
+        if not torch.is_grad_enabled():
+            return super().put(layer, k, v)
+        past_k, past_v = (z[layer][:, :, : self.length].clone() for z in (self.k, self.v))
+        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), None
+
+
+def student_frames(net, noise, c, history, cache, first, last_step, rng):
+    """Denoise frame after frame in few steps: x̂, then fresh noise of the next level, and so on.
+
+    noise (B, N, C, height, width); history: finished frames to write into the cache. Every frame
+    stops at step `last_step` of STEPS. Only that step's pass has a gradient, where gradients are
+    enabled; the cache has none. Yields x̂ (B, 1, C, height, width), which is the next history.
+    """
+    times = solver_times(noise.device)
+    gradient = torch.is_grad_enabled()
+    for i in range(noise.shape[1]):
+        x = noise[:, [i]]
+        for step in range(last_step + 1):
+            t = times[step].expand(len(x), 1)
+            last = step == last_step
+            if step == 0 or not (last and gradient):
+                with torch.no_grad():
+                    v = net(x, t, c, history, cache, first + i)
+                history = None
+            if last and gradient:
+                cache.text = {}  # computed anew, with a gradient
+                v = net(x, t, c, None, cache, first + i)
+
+            clean = clean_estimate(x, t, v)
+            if not last:
+                t = times[step + 1].expand(len(x), 1)
+                x = add_noise(clean, rng.randn(*x.shape, device=x.device), t)
+        yield clean
+        history = clean.detach()
+
+
+def dmd_loss(clean, t, eps, real, fake):
+    """Distribution matching: its gradient moves clips from where the fake model sees them.
+
+    clean (B, 1, C, height, width): the student's clips, with gradient. t (B, 1), eps: noise for
+    both judges. real, fake: v = model(x, t), of the data and of the student's clips. The gradient
+    of the loss is (x̂_fake - x̂_real) / mean|x̂ - x̂_real| over the number of values (arXiv
+    2405.14867, as in CausVid and Self Forcing).
+    """
+    with torch.no_grad():
+        x_t = add_noise(clean, eps, t)
+        of_fake = clean_estimate(x_t, t, fake(x_t, t))
+        of_real = clean_estimate(x_t, t, real(x_t, t))
+        scale = (clean - of_real).abs().mean((1, 2, 3, 4), keepdim=True)
+        gradient = ((of_fake - of_real) / scale).nan_to_num()
+    return (clean - (clean - gradient).detach()).square().mean() / 2
+
+
+class Distillation:
+    """DMD from a bidirectional teacher, whose one chunk is the whole clip.
+
+    teacher: its checkpoint. It judges with guidance. The fake model begins as the teacher and
+    learns the student's clips at every step; the student learns at every `every`-th.
+    """
+
+    def __init__(self, teacher, args):
+        self.real = load_checkpoint(teacher).requires_grad_(False)
+        if self.real.config.chunk != args.frames:
+            raise ValueError(
+                f"--teacher {teacher}: wanted a run whose one chunk is the whole clip, --chunk "
+                f"{args.frames} --frames {args.frames}; its chunk is {self.real.config.chunk}"
+            )
+        self.fake = deepcopy(self.real).requires_grad_(True)
+        self.optimizer = adam(self.fake, args.fake_lr)
+        self.guidance = args.teacher_guidance
+        self.time_shift = args.time_shift
+        self.every = args.every
+        self.length = self.real.config.chunk  # frames of a clip
+
+    def loss(self, net, x, c, step, rng):
+        """Train the fake model; return the student's loss, or None in a step that has none."""
+        trains = step % self.every == 0
+        with torch.set_grad_enabled(trains):
+            clips, c = self.student_clips(net, x, c, rng)
+        clips = fold(clips, self.length)
+        self.train_fake(clips.detach(), c, rng)
+        if not trains:
+            return None
+
+        t = shift(0.02 + 0.96 * rng.rand(len(x), 1, device=x.device), self.time_shift)
+        eps = rng.randn(*clips.shape, device=x.device)
+        real = Guided(self.real, torch.zeros_like(c[:1]), self.guidance)
+        return dmd_loss(clips, t, eps, lambda x, t: real(x, t, c), lambda x, t: self.fake(x, t, c))
+
+    def train_fake(self, clips, c, rng):
+        """One step of flow matching on the student's clips."""
+        with torch.enable_grad():
+            flow_matching_loss(self.fake, clips, c, None, self.time_shift, rng).backward()
+        torch.nn.utils.clip_grad_norm_(self.fake.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class CausVid(Distillation):
+    """The student denoises real clips, each frame from one of its own noise levels."""
+
+    def student_clips(self, net, x, c, rng):
+        level = (STEPS * rng.rand(*x.shape[:2])).long()
+        t = solver_times(x.device)[level]
+        x_t = add_noise(x, rng.randn(*x.shape, device=x.device), t)
+        v = net(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1])
+        return clean_estimate(x_t, t, v), c
+
+
+class SelfForcing(Distillation):
+    """The student continues GIVEN true frames on its own output, to the length of a clip."""
+
+    def student_clips(self, net, x, c, rng):
+        cache = FrozenCache(net.config, len(x), WINDOW, sink=0)
+        context = x[:, :GIVEN]
+        return self.roll_on(net, context, c, context, cache, GIVEN, rng), c
+
+    def roll_on(self, net, context, c, history, cache, first, rng):
+        """The frames of `context`, and the student's frames number `first` and on: a whole clip."""
+        new = self.length - GIVEN
+        noise = rng.randn(len(context), new, *context.shape[2:], device=context.device)
+        last_step = int(STEPS * rng.rand(len(context))[0])  # the same for all frames
+        frames = student_frames(net, noise, c, history, cache, first, last_step, rng)
+        return torch.cat([context, *frames], dim=1)
+
+
+class LongLive(SelfForcing):
+    """The student rolls on from step to step, up to `longest` frames; judge the newest clip."""
+
+    sink = 3  # of the WINDOW frames in sight, the first ones
+    longest = 58
+
+    def __init__(self, teacher, args):
+        super().__init__(teacher, args)
+        self.stream = None  # the newest clip, its text, the cache, the number of frames so far
+
+    def student_clips(self, net, x, c, rng):
+        new = self.length - GIVEN
+        if self.stream is None or self.stream[3] + new > self.longest:
+            cache = FrozenCache(net.config, len(x), WINDOW, self.sink)
+            self.stream = x[:, :GIVEN], c, cache, GIVEN
+            history = x[:, :GIVEN]
+        else:
+            history = self.stream[0][:, -1:]
+
+        newest, c, cache, first = self.stream
+        cache.text = {}  # the weights have changed
+        clip = self.roll_on(net, newest[:, -GIVEN:], c, history, cache, first, rng)
+        self.stream = clip.detach(), c, cache, first + new
+        return clip, c
+
+
+# ---- training, sampling and measuring a row ----
+
+
+def plain_rollout(net, given, c, frames, seed):
+    """The rollout of sample.py: yields each new frame (B, 1, C, height, width)."""
+    return generate(net, [(0, c)], given, frames, STEPS, SAMPLE_SHIFT, GUIDANCE, WINDOW, seed=seed)
+
+
+@torch.no_grad()
+def student_rollout(net, given, c, frames, seed, sink=0):
+    """A distilled student: STEPS passes a frame, without guidance, which its teacher had."""
+    noise = torch.Generator().manual_seed(seed)
+    rng = SeededNoise(noise)
+    cache = WindowCache(net.config, len(given), WINDOW, sink)
+    x = rng.randn(len(given), frames - given.shape[1], *given.shape[2:], device=given.device)
+    yield from student_frames(net, x, c, given, cache, given.shape[1], STEPS - 1, rng)
+
+
+class SeededNoise:
+    """`randn` of one generator, in place of the torch module."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def randn(self, *shape, device=None):
+        return torch.randn(shape, generator=self.generator).to(device)
+
+
+def longlive_rollout(net, given, c, frames, seed):
+    """`student_rollout` with the sink of its training."""
+    return student_rollout(net, given, c, frames, seed, LongLive.sink)
+
+
+METHODS = {
+    "skyreels": lambda args: DiffusionForcing(non_decreasing_levels, args.time_shift),
+    "magi": lambda args: DiffusionForcing(pipeline_levels, args.time_shift),
+    "causvid": lambda args: CausVid(args.teacher, args),
+    "self-forcing": lambda args: SelfForcing(args.teacher, args),
+    "longlive": lambda args: LongLive(args.teacher, args),
+    "error-bank": lambda args: ErrorBank(args.time_shift),
+    "recycle": lambda args: Recycle(args.time_shift),
+}
+DISTILLED = ("causvid", "self-forcing", "longlive")
+ROLLOUTS = {
+    "skyreels": skyreels_rollout,
+    "magi": magi_rollout,
+    "causvid": student_rollout,
+    "self-forcing": student_rollout,
+    "longlive": longlive_rollout,
+}
+
+
+def adam(net, lr):
+    """The optimizer of DMD: Adam without a first moment."""
+    return torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.999), fused=True)
+
+
+def train(args):
+    """Train a row, from the averaged weights of another run, and write a run like train.py's."""
+    source = read_checkpoint(args.init)
+    flags = dict(source["args"])
+    for name, value in vars(args).items():
+        if value is not None:
+            flags[name] = value
+    flags |= {"warmup": 0, "accumulate": 1, "fsdp": False, "init": args.init, "workers": 0}
+    flags |= {"source_step": source["step"], "lr_warmup": 50, "decay": "linear"}
+    run = Namespace(**flags)
+    torch.manual_seed(run.seed)
+    device = torch.device("cpu")
+
+    net = CausalDiT(Config(**source["config"]))
+    load_weights(net, source["ema"], args.init)
+    ema = deepcopy(net).eval().requires_grad_(False)
+    method = METHODS[args.method](run)
+    if args.method in DISTILLED:
+        optimizers = [adam(net, run.lr)]
+    else:
+        optimizers = make_optimizers(net, run.optimizer)
+
+    clips = Sprites(run.size, run.frames, run.seed, "train", run.objects, run.wall, run.withheld)
+    args.out.mkdir(parents=True)
+    began = time.perf_counter()
+    bar = tqdm(load_batches(clips, 0, 0, 1, run, device), args.method, run.steps)
+    for step, (indices, x, c) in enumerate(bar):
+        rng = ClipNoise(run.seed, indices, device)
+        kept = rng.rand(len(x)) >= run.drop
+        loss = method.loss(net, x, c * kept[:, None, None], step, rng)
+        if loss is None:
+            continue
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), run.clip)
+        set_learning_rate(optimizers, step, run)
+        for optimizer in optimizers:
+            optimizer.step()
+        net.zero_grad(set_to_none=True)
+        update_ema(ema, net, run.ema, step)
+        bar.set_postfix_str(f"loss {loss.item():.4f}")
+
+    run.minutes = (time.perf_counter() - began) / 60
+    save(net, ema, optimizers, run.steps, run)
+
+
+class Counted:
+    """A network that counts its forward passes, each of all videos."""
+
+    def __init__(self, net):
+        self.net = net
+        self.config = net.config
+        self.cache = net.cache
+        self.passes = 0
+        self.videos = 1
+
+    def __call__(self, x, *args, **options):
+        self.passes += len(x) / self.videos  # guidance runs both branches in one batch
+        return self.net(x, *args, **options)
+
+
+def evaluate(run, frames, videos):
+    """Continue held-out clips and measure them. Returns a dictionary of what the table needs."""
+    net = load_run(run)
+    flags = net.run
+    method = flags.get("method", flags["history"])
+    roll_out = ROLLOUTS.get(method, plain_rollout)
+    test = Sprites(
+        flags["size"], frames, 0, "test", flags["objects"], flags["wall"], flags["withheld"]
+    )
+    made = []
+    for i in tqdm(range(0, videos, 16), f"{run}", leave=False):
+        truth, c = default_collate([test[j] for j in range(i, min(i + 16, videos))])
+        given = truth[:, :GIVEN]
+        made.append(torch.cat([given, *roll_out(net, given, c, frames, seed=i)], dim=1))
+    scores = measure(torch.cat(made), [test.caption(i) for i in range(videos)], flags["wall"])
+
+    counted = Counted(net)
+    truth, c = default_collate([test[0]])
+    began = time.perf_counter()
+    new = len(list(roll_out(counted, truth[:, :GIVEN], c, 42, seed=0)))
+    seconds = time.perf_counter() - began
+    return {
+        "method": method,
+        "top_k": net.config.top_k,
+        "seed": flags["seed"],
+        "minutes": minutes_of(run, flags),
+        "teacher_minutes": minutes_of(flags["teacher"]) if flags.get("teacher") else 0,
+        "passes": counted.passes / new,
+        "milliseconds": 1000 * seconds / new,
+        "frames": scores.nanmean(0).tolist(),
+    }
+
+
+def minutes_of(run, flags=()):
+    """Minutes of training of a run, without those of the run it began with."""
+    if "minutes" in flags:
+        return flags["minutes"]
+    lines = (Path(run) / "log.jsonl").read_text().splitlines()
+    entries = map(json.loads, lines)
+    return sum(e.get("seconds", 0) + e.get("data_seconds", 0) for e in entries) / 60
+
+
+def print_table(folder):
+    """Print the rows of NAME-SEED.json: three thirds, minutes, passes and time of a frame."""
+    rows = {}
+    for path in sorted(folder.glob("*.json")):
+        rows.setdefault(re.sub(r"-\d+$", "", path.stem), []).append(json.loads(path.read_text()))
+    if not rows:
+        raise ValueError(f"no NAME-SEED.json in {folder}; rivals.py eval writes them")
+    for name, seeds in rows.items():
+        first = seeds[0]
+        plural = "s" if len(seeds) > 1 else ""
+        print(
+            f"{name}, {len(seeds)} seed{plural}: {first['minutes']:.1f} min, its teacher "
+            f"{first['teacher_minutes']:.1f} min; {first['passes']:.2f} passes and "
+            f"{first['milliseconds']:.1f} ms a frame"
+        )
+        print(metrics_table(torch.tensor([seed["frames"] for seed in seeds])))
+
+
+def parse(argv):
+    parser = new_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("train", help="train a row from a warm-up").add_argument
+    add("method", choices=METHODS)
+    add("--init", type=Path, required=True, help="the run of train.py to begin with")
+    add("--teacher", type=Path, help="bidirectional: a run with --chunk equal to --frames")
+    add("--out", type=Path, required=True, help="a new folder")
+    add("--steps", type=int, default=1800, help="default: %(default)s")
+    add("--lr", type=float, default=5e-3, help="of AdamW, or of the student (default: %(default)s)")
+    add("--muon-lr", type=float, default=0.015, help="default: %(default)s")
+    add("--time-shift", type=float, help="Eq. (7) on t of the loss (default: the run's)")
+    add("--ema", type=float, help="default: the run's")
+    add("--seed", type=int, default=0)
+    add("--fake-lr", type=float, default=1e-3, help="default: %(default)s")
+    add("--teacher-guidance", type=float, default=1.5, help="default: %(default)s")
+    add("--every", type=int, default=5, help="steps of the fake model for one of the student's")
+
+    add = commands.add_parser("eval", help="measure runs").add_argument
+    add("runs", type=Path, nargs="+")
+    add("--frames", type=int, default=100, help="default: %(default)s")
+    add("--videos", type=int, default=64, help="default: %(default)s")
+    add("--out", type=Path, required=True, help="folder of the numbers, NAME-SEED.json")
+
+    add = commands.add_parser("table", help="print the table").add_argument
+    add("folder", type=Path)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
+    if args.command == "table":
+        return print_table(args.folder)
+    if args.command == "eval":
+        args.out.mkdir(parents=True, exist_ok=True)
+        for run in args.runs:
+            path = args.out / f"{run.name}.json"
+            if not path.exists():  # a killed evaluation goes on
+                write_json(path, evaluate(run, args.frames, args.videos))
+        return print_table(args.out)
+
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} exists; name a new folder")
+    if (args.method in DISTILLED) != (args.teacher is not None):
+        raise ValueError("--teacher goes with causvid, self-forcing and longlive, and only them")
+    train(args)
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

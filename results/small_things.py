@@ -1,0 +1,147 @@
+"""Are the small moving things of the Atari games still there, and do they move?
+
+  python results/small_things.py runs/games games/test
+
+Continues held-out clips of record_games.py from two true frames, and follows the balls of Pong and
+Breakout and the cars of Freeway, objects of one to sixteen pixels that loss and eye can miss. An
+object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame, by
+about as much as in the truth. An object is alive if it is seen in at least half of the frames from
+--from on, its median step is below 6 pixels, and its median move in 8 frames above 0.5. The cars
+are alive if those of half of the lanes are. A field with more than twice what the truth's fullest
+5 % of frames hold does not count. Beside the rollout the table judges the truth, and the truth
+spoiled on purpose.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Videos
+from sample import continue_video, load_run, new_parser, rollout_window, run_main, write_comparison
+
+# Rows and columns where nothing but the objects moves, and strips of rows of one object each.
+FIELDS = {
+    "pong": (slice(0, 64), slice(10, 54), 1),
+    "breakout": (slice(27, 60), slice(0, 64), 1),
+    "freeway": (slice(0, 60), slice(20, 64), 10),
+}
+DIFFERENT = 0.15  # from the background, in [0, 2]; less is the codec's noise
+
+
+def follow(video, background, field):
+    """Find the strongest spot of each strip: its mass (B, T, S), and its centre (B, T, S, 2).
+
+    Returns both, and the mass of the whole field (B, T).
+    """
+    rows, columns, strips = field
+    away = (video - background).abs().amax(2)[:, :, rows, columns]
+    away = torch.where(away > DIFFERENT, away, 0)
+    B, T, H, W = away.shape
+    flat = away.reshape(B * T * strips, 1, H // strips, W)
+    spot = F.avg_pool2d(flat, 3, 1, 1).flatten(1).argmax(1)
+
+    y, x = torch.arange(H // strips), torch.arange(W)
+    near_y = (y - (spot // W)[:, None]).abs() <= 2
+    near_x = (x - (spot % W)[:, None]).abs() <= 2
+    weight = flat[:, 0] * near_y[:, :, None] * near_x[:, None]
+    mass = weight.sum((1, 2))
+    centre = torch.stack([(weight * y[:, None]).sum((1, 2)), (weight * x).sum((1, 2))], -1)
+    centre = centre / mass.clamp(min=1e-6)[:, None]
+    return mass.view(B, T, strips), centre.view(B, T, strips, 2), away.sum((-1, -2))
+
+
+def alive(video, background, field, typical, most, start):
+    """Whether the objects of each video (B, T, 3, 64, 64) are there and move from `start` on."""
+    mass, centre, whole = follow(video[:, start:], background, field)
+    seen = (mass > 0.4 * typical) & (mass < 2.5 * typical)
+    moves = (median_move(seen, centre, 1) < 6) & (median_move(seen, centre, 8) > 0.5)
+    found = ((seen.float().mean(1) >= 0.5) & moves).float().mean(1) >= 0.5
+    return found & (whole.median(1).values < 2 * most)
+
+
+def median_move(seen, centre, frames):
+    """The median distance (B, S) that an object moves in so many frames; nan: never seen."""
+    move = (centre[:, frames:] - centre[:, :-frames]).norm(dim=-1)
+    both = seen[:, frames:] & seen[:, :-frames]
+    return torch.where(both, move, torch.nan).nanmedian(1).values
+
+
+def spoil(truth, background, start):
+    """Videos in which the objects are not alive, by name."""
+    frozen = truth.clone()
+    frozen[:, start:] = truth[:, [start]]
+    blurred = F.avg_pool2d(truth.flatten(0, 1), 5, 1, 2, count_include_pad=False).view_as(truth)
+    cluttered = truth.clone()
+    for rows in (8, 16, 24):
+        for columns in (8, 16, 24):
+            moved = truth.roll((rows, columns), (-2, -1)) - background.roll(
+                (rows, columns), (-2, -1)
+            )
+            cluttered = cluttered + moved
+    return {
+        "truth, frozen": frozen,
+        "truth, cluttered": cluttered.clamp(-1, 1),
+        "truth, blurred": blurred,
+        "background": background.expand_as(truth),
+    }
+
+
+def main(argv):
+    parser = new_parser(__doc__)
+    parser.add_argument("run", type=Path, help="a run of train.py")
+    parser.add_argument("clips", type=Path, help="OUT/test of record_games.py")
+    parser.add_argument("--frames", type=int, default=48, help="default: %(default)s")
+    parser.add_argument("--from", type=int, default=32, dest="start", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=4, help="Euler steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=1.5, help="default: %(default)s")
+    parser.add_argument("--given", type=int, default=2, help="true frames (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="picture, .gif and .png (default: in the run)")
+    args = parser.parse_args(argv)
+
+    model = load_run(args.run)
+    data = Videos(args.clips, model.run["size"], args.frames)
+    data.words.vocabulary, data.words.rows = model.run["words"]
+    numbers = sorted(range(len(data.files)), key=lambda n: data.files[n])
+    truth, c = default_collate([data.load(n, 0) for n in numbers])
+    games = [data.captions[n] for n in numbers]
+    made = continue_video(
+        model,
+        truth,
+        c,
+        args.frames,
+        args.given,
+        steps=args.steps,
+        time_shift=10.0,
+        guidance=args.guidance,
+        window=rollout_window(model.config, model.run["frames"]),
+    )
+
+    print(f"alive in frames {args.start} to {args.frames - 1} of held-out clips:")
+    total = {}
+    for game, field in FIELDS.items():
+        of_game = [i for i, name in enumerate(games) if name == game]
+        true = truth[of_game]
+        background = true.flatten(0, 1).median(0).values
+        mass, _, whole = follow(true, background, field)
+        typical = mass[mass > 0].median()
+        most = whole.flatten().quantile(0.95)
+        videos = {"truth": true} | spoil(true, background, args.start) | {"rollout": made[of_game]}
+        for name, video in videos.items():
+            result = alive(video, background, field, typical, most, args.start)
+            total[name] = total.get(name, 0) + int(result.sum())
+            print(f"{game:10s} {name:16s} {int(result.sum()):3d} of {len(of_game)}")
+    for name, count in total.items():
+        print(f"{'all':10s} {name:16s} {count:3d} of {len(games)}")
+
+    first = [games.index(name) for name in FIELDS] + [len(games) - 1]
+    videos = {"truth": truth[first], "rollout": made[first]}
+    write_comparison(args.out or args.run / "samples" / "held_out", videos, data.fps)
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
