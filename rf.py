@@ -15,6 +15,7 @@ and `randn`.
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
 
 def add_noise(x, eps, t):
@@ -33,17 +34,39 @@ def logit_normal(*shape, device=None, rng=torch):
     return rng.randn(*shape, device=device).sigmoid()
 
 
-def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch):
+def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch, motion=0.0):
     """Eq. (4): the mean squared error of v to eps - x, with one noise level per frame.
 
     x (B, N, C, height, width): clean frames. history (B, N - 1, C, height, width): the frames that
-    x attends to, clean or resampled. The target is the clean x, whatever the history is.
+    x attends to, clean or resampled. The target is the clean x, whatever the history is. motion:
+    how much more to weigh pixels that move, see `motion_weight`; 0 gives Eq. (4).
     """
     t = shift(logit_normal(*x.shape[:2], device=x.device, rng=rng), time_shift).to(x.dtype)
     eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
 
     v = model(add_noise(x, eps, t), t, c, history)
-    return (v - (eps - x)).square().mean()
+    error = (v - (eps - x)).square()
+    if motion:
+        error = error * motion_weight(history, motion)
+    return error.mean()
+
+
+def motion_weight(history, amount, reach=4):
+    """Weights of the loss (B, N, 1, height, width), larger where the history was changing.
+
+    history (B, N - 1, C, height, width). The weight of a pixel of frame i is
+    (1 + amount m / mean(m)) / (1 + amount), where m is the largest change within `reach` pixels
+    from frame i - 2 to frame i - 1 of the history; it is 1 in the first two frames. It depends only
+    on what the network sees, so that the minimizer of the loss, the mean of v, stays where it is.
+    Weighing by the change to frame i itself would favour change: the model then paints copies of
+    what moves.
+    """
+    if history.shape[1] < 2:
+        return history.new_ones(1)
+    change = (history[:, 1:] - history[:, :-1]).abs().mean(2)  # (B, N - 2, height, width)
+    change = F.max_pool2d(change, 2 * reach + 1, stride=1, padding=reach)
+    weight = (1 + amount * change / change.mean().clamp(min=1e-6)) / (1 + amount)
+    return F.pad(weight, (0, 0, 0, 0, 2, 0), value=1.0)[:, :, None]
 
 
 def solve(model, x, t, c, steps, time_shift, history, cache, first):

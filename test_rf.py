@@ -205,6 +205,35 @@ def test_the_time_shift_moves_the_noise_levels_of_the_loss():
     assert close(levels[1], shift(levels[0], 3.0), 1e-6)
 
 
+def test_the_loss_can_weigh_what_moves():
+    """A dot goes from column 4 to 7; the weight of a frame depends on the frames before it only."""
+    x = torch.zeros(2, 4, 3, 24, 24)
+    for frame in range(4):
+        x[0, frame, :, 12, 4 + frame] = 1
+    weight = rf.motion_weight(x[:, :-1], 4.0)
+    assert weight.shape == (2, 4, 1, 24, 24) and abs(weight.mean() - 1) < 1e-5
+    assert (weight[:, :2] == 1).all(), "nothing is known to move before the third frame"
+    assert close(weight[1, 2:], torch.full((2, 1, 24, 24), 0.2), 1e-6), (
+        "the other clip stands still"
+    )
+    for frame in (2, 3):
+        heavy = weight[0, frame, 0] > 0.2
+        rows, columns = heavy.nonzero().unbind(1)
+        assert (rows.min(), rows.max()) == (8, 16)
+        assert (columns.min(), columns.max()) == (frame - 2, frame + 7)
+    assert not torch.equal(weight[0, 2], weight[0, 3])
+
+    c = torch.zeros(2, 1, 5)
+    exact = Exact(x, torch.full((4,), 0.5))
+    assert abs(flow_matching_loss(exact, x, c, x[:, :-1], motion=4.0) - 0.25) < 1e-5
+    still = x[:, :1].expand(-1, 3, -1, -1, -1)
+    assert flow_matching_loss(exact, x, c, still, motion=4.0) < 0.25 * 0.61, "the history decides"
+    for frames in (1, 2):  # nothing to see yet
+        short = Exact(x[:, :frames], torch.full((frames,), 0.5))
+        loss = flow_matching_loss(short, x[:, :frames], c, x[:, : frames - 1], motion=4.0)
+        assert abs(loss - 0.25) < 1e-5
+
+
 def test_a_rollout_from_t_0_returns_its_input():
     x, _, _, c = clip()
     frames = list(rollout(tiny(), x, torch.zeros(2).double(), c, 3))
@@ -2393,6 +2422,14 @@ def test_dropping_every_text_is_training_without_captions(tmp_path, quick):
         run_train(tmp_path / name, "--steps", 3, *flags)
     dropped, withheld, told = (logged(tmp_path / name) for name in ("dropped", "withheld", "told"))
     assert dropped == withheld and dropped[2] != told[2]
+
+
+def test_motion_weighs_the_training_loss_alone(tmp_path, quick):
+    flags = {"plain": [], "none": ["--motion", 0], "motion": ["--motion", 4]}
+    for name, given in flags.items():
+        run_train(tmp_path / name, "--steps", 3, *given)
+    plain, none, motion = (logged(tmp_path / name) for name in flags)
+    assert plain == none and plain[0] != motion[0]
 
 
 def trained_alike(one, other, layers, tolerance):

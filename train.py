@@ -152,7 +152,9 @@ def main(argv):
                 history_seconds += clock(device) - history_began
 
                 # lines 10-12, Eqs. (3), (4): draw t per frame, add noise, compare v with eps - x
-                part_loss = flow_matching_loss(model, x, c, history, args.time_shift, rng)
+                part_loss = flow_matching_loss(
+                    model, x, c, history, args.time_shift, rng, args.motion
+                )
                 (part_loss / args.accumulate).backward()
             loss += part_loss.detach() / args.accumulate
 
@@ -419,6 +421,9 @@ def add_method_flags(add):
         help="highest noise level of --history noise (default: %(default)s)")
     add("--time-shift", type=positive_float, default=3.0,
         help="Eq. (7) on t of the loss; higher: more noise; real video: 3-5 (default: %(default)s)")
+    add("--motion", type=nonnegative_float, default=0.0,
+        help="weigh pixels near those that just moved more in the loss, so that small moving "
+             "things are learned sooner: try 4 (default: %(default)s, Eq. (4))")
     add("--drop", type=fraction, default=0.1,
         help="fraction of clips whose text is dropped, for guidance (default: %(default)s)")
 

@@ -40,7 +40,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Sprites, fold, measure
 from model import CausalDiT, Config, WindowCache, load_checkpoint, load_weights, read_checkpoint
 from rf import Guided, add_noise, flow_matching_loss, shift
-from sample import generate, load_run, metrics_table, new_parser, run_main, write_json
+from sample import (
+    bounded_float,
+    bounded_int,
+    generate,
+    load_run,
+    metrics_table,
+    new_parser,
+    nonnegative_float,
+    positive_float,
+    positive_int,
+    run_main,
+    seed_int,
+    write_json,
+)
 from train import (
     ClipNoise,
     load_batches,
@@ -344,10 +357,10 @@ class Distillation:
 
 
 class CausVid(Distillation):
-    """The student denoises real clips, each frame from one of its own noise levels."""
+    """The student denoises real clips, each frame from one of its own noise levels, or none."""
 
     def student_clips(self, net, x, c, rng):
-        level = (STEPS * rng.rand(*x.shape[:2])).long()
+        level = ((STEPS + 1) * rng.rand(*x.shape[:2])).long()
         t = solver_times(x.device)[level]
         x_t = add_noise(x, rng.randn(*x.shape, device=x.device), t)
         v = net(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1])
@@ -458,6 +471,8 @@ def train(args):
     """Train a row, from the averaged weights of another run, and write a run like train.py's."""
     source = read_checkpoint(args.init)
     flags = dict(source["args"])
+    if flags.get("data") != "sprites" or source["config"]["chunk"] != 1:
+        raise ValueError(f"--init {args.init}: wanted a run on sprites with --chunk 1")
     for name, value in vars(args).items():
         if value is not None:
             flags[name] = value
@@ -518,6 +533,8 @@ def evaluate(run, frames, videos):
     """Continue held-out clips and measure them. Returns a dictionary of what the table needs."""
     net = load_run(run)
     flags = net.run
+    if flags["data"] != "sprites" or net.config.chunk != 1:
+        raise ValueError(f"{run}: wanted a run on sprites with --chunk 1")
     method = flags.get("method", flags["history"])
     roll_out = ROLLOUTS.get(method, plain_rollout)
     test = Sprites(
@@ -582,20 +599,36 @@ def parse(argv):
     add("--init", type=Path, required=True, help="the run of train.py to begin with")
     add("--teacher", type=Path, help="bidirectional: a run with --chunk equal to --frames")
     add("--out", type=Path, required=True, help="a new folder")
-    add("--steps", type=int, default=1800, help="default: %(default)s")
-    add("--lr", type=float, default=5e-3, help="of AdamW, or of the student (default: %(default)s)")
-    add("--muon-lr", type=float, default=0.015, help="default: %(default)s")
-    add("--time-shift", type=float, help="Eq. (7) on t of the loss (default: the run's)")
-    add("--ema", type=float, help="default: the run's")
-    add("--seed", type=int, default=0)
-    add("--fake-lr", type=float, default=1e-3, help="default: %(default)s")
-    add("--teacher-guidance", type=float, default=1.5, help="default: %(default)s")
-    add("--every", type=int, default=5, help="steps of the fake model for one of the student's")
+    add("--steps", type=positive_int, default=1800, help="default: %(default)s")
+    add(
+        "--lr",
+        type=positive_float,
+        default=5e-3,
+        help="of AdamW, or of the student (default: %(default)s)",
+    )
+    add("--muon-lr", type=positive_float, default=0.015, help="default: %(default)s")
+    add("--time-shift", type=positive_float, help="Eq. (7) on t of the loss (default: the run's)")
+    add(
+        "--ema",
+        type=bounded_float(0, 0.999999),
+        help="decay of the averaged weights (default: the run's)",
+    )
+    add("--seed", type=seed_int, default=0, help="default: %(default)s")
+    add(
+        "--fake-lr",
+        type=positive_float,
+        default=5e-4,
+        help="of the fake model (default: %(default)s)",
+    )
+    add("--teacher-guidance", type=nonnegative_float, default=1.5,
+        help="classifier-free guidance of the teacher (default: %(default)s)")  # fmt: skip
+    add("--every", type=positive_int, default=5,
+        help="steps of the fake model for one of the student's (default: %(default)s)")  # fmt: skip
 
     add = commands.add_parser("eval", help="measure runs").add_argument
     add("runs", type=Path, nargs="+")
-    add("--frames", type=int, default=100, help="default: %(default)s")
-    add("--videos", type=int, default=64, help="default: %(default)s")
+    add("--frames", type=bounded_int(GIVEN + 1, 10**6), default=100, help="default: %(default)s")
+    add("--videos", type=positive_int, default=64, help="default: %(default)s")
     add("--out", type=Path, required=True, help="folder of the numbers, NAME-SEED.json")
 
     add = commands.add_parser("table", help="print the table").add_argument

@@ -22,7 +22,17 @@ from torch.utils.data import default_collate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Videos
-from sample import continue_video, load_run, new_parser, rollout_window, run_main, write_comparison
+from sample import (
+    bounded_int,
+    continue_video,
+    load_run,
+    new_parser,
+    nonnegative_float,
+    positive_int,
+    rollout_window,
+    run_main,
+    write_comparison,
+)
 
 # Rows and columns where nothing but the objects moves, and strips of rows of one object each.
 FIELDS = {
@@ -95,20 +105,37 @@ def main(argv):
     parser = new_parser(__doc__)
     parser.add_argument("run", type=Path, help="a run of train.py")
     parser.add_argument("clips", type=Path, help="OUT/test of record_games.py")
-    parser.add_argument("--frames", type=int, default=48, help="default: %(default)s")
-    parser.add_argument("--from", type=int, default=32, dest="start", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=4, help="Euler steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=1.5, help="default: %(default)s")
-    parser.add_argument("--given", type=int, default=2, help="true frames (default: %(default)s)")
+    parser.add_argument("--frames", type=bounded_int(3), default=48, help="default: %(default)s")
+    parser.add_argument(
+        "--from", type=bounded_int(0), default=32, dest="start", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=4, help="Euler steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guidance", type=nonnegative_float, default=1.5, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--given", type=positive_int, default=2, help="true frames (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="picture, .gif and .png (default: in the run)")
     args = parser.parse_args(argv)
 
+    if args.given >= args.start or args.start + 8 >= args.frames:
+        raise ValueError(
+            f"--given {args.given} --from {args.start} --frames {args.frames}: wanted --given "
+            "below --from, and more than 8 frames after it"
+        )
     model = load_run(args.run)
+    if not model.run["words"]:
+        raise ValueError(f"{args.run} was not trained on videos")
     data = Videos(args.clips, model.run["size"], args.frames)
     data.words.vocabulary, data.words.rows = model.run["words"]
     numbers = sorted(range(len(data.files)), key=lambda n: data.files[n])
     truth, c = default_collate([data.load(n, 0) for n in numbers])
     games = [data.captions[n] for n in numbers]
+    if set(games) != set(FIELDS):
+        raise ValueError(f"{args.clips}: wanted clips of {', '.join(FIELDS)}, by record_games.py")
     made = continue_video(
         model,
         truth,
