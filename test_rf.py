@@ -4522,6 +4522,56 @@ def test_small_things_are_judged_alive_if_they_are_there_and_move():
         video = game_of_a_dot(kind)
         alive = small_things.alive(video, background, field, typical, most, start=32)
         assert alive.tolist() == [bool(wanted)] * 4, kind
+    a, b = truth[:, 5:6], truth[:, 6:7]
+    assert small_things.found(b, b, background, field, typical) == (4, 4)
+    assert small_things.found(b, a, background, field, typical) == (0, 4), "it moves by more"
+    gone = background.expand_as(b)
+    assert small_things.found(b, gone, background, field, typical) == (0, 4)
+
+
+@pytest.mark.extras
+def test_recorded_games_have_moving_things(tmp_path):
+    pytest.importorskip("ale_py")
+    command = [sys.executable, HERE / "results/record_games.py", tmp_path / "games"]
+    subprocess.run([*command, "--clips", "3", "--held-out", "3"], check=True, capture_output=True)
+    folder = tmp_path / "games/test"
+    names = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+    assert sorted(names) == sorted(small_things.FIELDS)
+    for path in folder.glob("*.mp4"):
+        video = read_video(path, 64)
+        assert video.shape == (64, 3, 64, 64)
+        assert (video[1:] - video[:-1]).abs().amax((1, 2, 3)).median() > 0.15, path
+    trained_on = {path.read_bytes() for path in (tmp_path / "games/train").glob("*.mp4")}
+    assert trained_on.isdisjoint(path.read_bytes() for path in folder.glob("*.mp4"))
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "wanted a new folder" in again.stderr
+
+
+def test_small_things_are_followed_in_a_runs_own_clips(tmp_path, capsys, quick):
+    for i, game in enumerate(small_things.FIELDS):
+        with writer(tmp_path / f"clips/{i}.mp4", 30) as out:
+            out(game_of_a_dot("moves")[i, :14])
+        (tmp_path / f"clips/{i}.txt").write_text(game)
+    flags = ["--data", tmp_path / "clips", "--size", 64, "--patch", 16, "--steps", 1]
+    run_train(tmp_path / "run", *flags)
+    command = f"{tmp_path}/run {tmp_path}/clips --frames 14 --from 4 --steps 1"
+    small_things.main(command.split())
+    out = capsys.readouterr().out
+    for line in ("pong       truth              1 of 1", "all        rollout            0 of 3"):
+        assert line in out
+    assert re.search("pong       one ahead          0 of 3", out)
+    assert (tmp_path / "run/samples/held_out.png").stat().st_size > 1000
+
+    for command, message in [
+        (f"{tmp_path}/run {tmp_path}/clips --frames 14 --from 8", "more than 8 frames"),
+        (f"{tmp_path}/run {tmp_path}/none", "none"),
+        (f"{tmp_path}/none {tmp_path}/clips", "none"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            small_things.main(command.split())
+    (tmp_path / "clips/0.txt").unlink()
+    with pytest.raises(ValueError, match="wanted clips of pong, breakout, freeway"):
+        small_things.main(f"{tmp_path}/run {tmp_path}/clips --frames 14 --from 4".split())
 
 
 # ---- README.md and the repository ----

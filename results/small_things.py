@@ -101,57 +101,84 @@ def spoil(truth, background, start):
     }
 
 
-def main(argv):
-    parser = new_parser(__doc__)
-    parser.add_argument("run", type=Path, help="a run of train.py")
-    parser.add_argument("clips", type=Path, help="OUT/test of record_games.py")
-    parser.add_argument("--frames", type=bounded_int(3), default=48, help="default: %(default)s")
-    parser.add_argument(
-        "--from", type=bounded_int(0), default=32, dest="start", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--steps", type=positive_int, default=4, help="Euler steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--guidance", type=nonnegative_float, default=1.5, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--given", type=positive_int, default=2, help="true frames (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="picture, .gif and .png (default: in the run)")
-    args = parser.parse_args(argv)
+def one_ahead(model, truth, c, settings):
+    """Predict single frames from the true ones before them, as many as in training.
 
+    Returns the last true frame, the true next one and the prediction, each (3 B, 1, 3, 64, 64): of
+    three moments of each of B clips.
+    """
+    known = model.run["frames"] - 1
+    last, wanted, predicted = [], [], []
+    for start in torch.linspace(0, truth.shape[1] - known - 1, 3).long().tolist():
+        past = truth[:, start : start + known]
+        made = continue_video(model, past, c, known + 1, known, **settings)
+        last.append(past[:, -1:])
+        wanted.append(truth[:, [start + known]])
+        predicted.append(made[:, -1:])
+    return torch.cat(last), torch.cat(wanted), torch.cat(predicted)
+
+
+def found(wanted, other, background, field, typical):
+    """How many objects of the true frames are within a pixel in the other ones, and of how many."""
+    mass, centre, _ = follow(wanted, background, field)
+    other_mass, other_centre, _ = follow(other, background, field)
+    there = mass > 0.4 * typical
+    near = (centre - other_centre).norm(dim=-1) < 1
+    return int((there & near & (other_mass > 0.4 * typical)).sum()), int(there.sum())
+
+
+def read_clips(folder, run, frames):
+    """(clips (B, frames, 3, height, width), c, the game of each, frames a second)."""
+    data = Videos(folder, run["size"], frames)
+    data.words.vocabulary, data.words.rows = run["words"]
+    numbers = sorted(range(len(data.files)), key=lambda n: data.files[n])
+    truth, c = default_collate([data.load(n, 0) for n in numbers])
+    games = [data.captions[n] for n in numbers]
+    if set(games) != set(FIELDS):
+        raise ValueError(f"{folder}: wanted clips of {', '.join(FIELDS)}, by record_games.py")
+    return truth, c, games, data.fps
+
+
+# fmt: off
+def parse(argv):
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("run", type=Path, help="a run of train.py")
+    add("clips", type=Path, help="OUT/test of record_games.py")
+    add("--frames", type=bounded_int(3), default=48, help="default: %(default)s")
+    add("--from", type=bounded_int(0), default=32, dest="start", help="default: %(default)s")
+    add("--given", type=positive_int, default=2, help="true frames (default: %(default)s)")
+    add("--steps", type=positive_int, default=4, help="Euler steps (default: %(default)s)")
+    add("--guidance", type=nonnegative_float, default=1.5, help="default: %(default)s")
+    add("--out", type=Path, help="picture, .gif and .png (default: in the run)")
+    args = parser.parse_args(argv)
     if args.given >= args.start or args.start + 8 >= args.frames:
         raise ValueError(
             f"--given {args.given} --from {args.start} --frames {args.frames}: wanted --given "
             "below --from, and more than 8 frames after it"
         )
+    return args
+# fmt: on
+
+
+def main(argv):
+    args = parse(argv)
     model = load_run(args.run)
     if not model.run["words"]:
         raise ValueError(f"{args.run} was not trained on videos")
-    data = Videos(args.clips, model.run["size"], args.frames)
-    data.words.vocabulary, data.words.rows = model.run["words"]
-    numbers = sorted(range(len(data.files)), key=lambda n: data.files[n])
-    truth, c = default_collate([data.load(n, 0) for n in numbers])
-    games = [data.captions[n] for n in numbers]
-    if set(games) != set(FIELDS):
-        raise ValueError(f"{args.clips}: wanted clips of {', '.join(FIELDS)}, by record_games.py")
-    made = continue_video(
-        model,
-        truth,
-        c,
-        args.frames,
-        args.given,
-        steps=args.steps,
-        time_shift=10.0,
-        guidance=args.guidance,
-        window=rollout_window(model.config, model.run["frames"]),
-    )
+    truth, c, games, fps = read_clips(args.clips, model.run, args.frames)
+    settings = {"steps": args.steps, "time_shift": 10.0, "guidance": args.guidance}
+    settings["window"] = rollout_window(model.config, model.run["frames"])
+    made = continue_video(model, truth, c, args.frames, args.given, **settings)
+    last, wanted, predicted = one_ahead(model, truth, c, settings)
 
-    print(f"alive in frames {args.start} to {args.frames - 1} of held-out clips:")
+    print(
+        f"alive in frames {args.start} to {args.frames - 1} of held-out clips; and one frame ahead "
+        "of the truth, within a pixel:"
+    )
     total = {}
     for game, field in FIELDS.items():
-        of_game = [i for i, name in enumerate(games) if name == game]
+        of_game = torch.tensor([name == game for name in games])
         true = truth[of_game]
         background = true.flatten(0, 1).median(0).values
         mass, _, whole = follow(true, background, field)
@@ -161,13 +188,18 @@ def main(argv):
         for name, video in videos.items():
             result = alive(video, background, field, typical, most, args.start)
             total[name] = total.get(name, 0) + int(result.sum())
-            print(f"{game:10s} {name:16s} {int(result.sum()):3d} of {len(of_game)}")
+            print(f"{game:10s} {name:16s} {int(result.sum()):3d} of {len(true)}")
+
+        thrice = of_game.repeat(3)
+        for name, other in {"one ahead": predicted, "copied frame": last}.items():
+            n, count = found(wanted[thrice], other[thrice], background, field, typical)
+            print(f"{game:10s} {name:16s} {n:3d} of {count}")
     for name, count in total.items():
         print(f"{'all':10s} {name:16s} {count:3d} of {len(games)}")
 
     first = [games.index(name) for name in FIELDS] + [len(games) - 1]
     videos = {"truth": truth[first], "rollout": made[first]}
-    write_comparison(args.out or args.run / "samples" / "held_out", videos, data.fps)
+    write_comparison(args.out or args.run / "samples" / "held_out", videos, fps)
 
 
 if __name__ == "__main__":
