@@ -12,13 +12,13 @@ train="python train.py --history teacher --sample-every 100000 --ema 0.998"
 for lr in 3e-3 7e-3 1.5e-2; do
     out=$runs/adamw-$lr
     [ -e $out/samples/eval.json ] && continue
-    rm -rf $out
+    rm -rf "$out"
     $train --optimizer adamw --lr $lr --warmup 1070 --steps 1070 --out $out
 done
 for lr in 0.01 0.02 0.04; do
     out=$runs/muon-$lr
     [ -e $out/samples/eval.json ] && continue
-    rm -rf $out
+    rm -rf "$out"
     $train --optimizer muon --muon-lr $lr --warmup 1000 --steps 1000 --out $out
 done
 python sample.py --table $runs/*
