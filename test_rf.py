@@ -4664,6 +4664,8 @@ if "--resume" in flags:  # one more step
     flags += ["--steps", "3"]
 if "wan-1.3b" in flags and "--dry-run" not in flags:
     flags += ["--patch", "2", "--dim", "64"]  # a patch of its latents holds 64 values
+if "--patch 16" in " ".join(flags):
+    flags += ["--size", "16"]
 run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 run = run if name == "torchrun" else []
 os.execv({python!r}, [{python!r}, *run, script, *flags])

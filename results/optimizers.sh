@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 runs=${1:-runs/optimizers}
 train="python train.py --history teacher --sample-every 100000 --ema 0.998"
 
-for lr in 3e-3 7e-3 1.5e-2; do
+for lr in 0.003 0.007 0.015; do
     out=$runs/adamw-$lr
     [ -e $out/samples/eval.json ] && continue
     rm -rf "$out"
