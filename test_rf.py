@@ -4477,6 +4477,22 @@ def test_a_rival_is_trained_and_measured(method, table_1, capsys):
     assert (out / f"{method}-0.json").stat().st_mtime_ns == written, "a killed one goes on"
 
 
+def test_the_fake_model_learns_at_every_step_and_the_student_at_every_fifth(table_1):
+    """A fake model that stays the teacher gives a gradient of zero without guidance."""
+    run = argparse.Namespace(frames=6, fake_lr=1e-3, teacher_guidance=1.0, time_shift=3.0, every=5)
+    method = rivals.SelfForcing(table_1 / "real-0", run)
+    net = load_checkpoint(table_1 / "warm-0").requires_grad_(True)
+    x, c = (torch.stack(z) for z in zip(*(Sprites(8, 6)[i] for i in range(2))))
+    real = copy.deepcopy(method.real.state_dict())
+    for step in range(6):
+        before = copy.deepcopy(method.fake.state_dict())
+        loss = method.loss(net, x, c, step, train.ClipNoise(0, [2 * step, 2 * step + 1], "cpu"))
+        assert (loss is not None) == (step in (0, 5))
+        assert not same(before, method.fake.state_dict()), "it learns at every step"
+        assert loss is None or loss > 0
+    assert same(real, method.real.state_dict())
+
+
 def test_rivals_refuse_in_one_line(table_1):
     init = f"--init {table_1}/warm-0"
     for command, message in [

@@ -7,18 +7,16 @@
 set -e
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 runs=${1:-runs/optimizers}
-train="python train.py --history teacher --sample-every 100000 --ema 0.998"
 
-for lr in 0.003 0.007 0.015; do
-    out=$runs/adamw-$lr
-    [ -e $out/samples/eval.json ] && continue
+row() {  # row NAME STEPS FLAGS...: train it if it is not there
+    out=$runs/$1
+    steps=$2
+    shift 2
+    [ -e "$out/samples/eval.json" ] && return
     rm -rf "$out"
-    $train --optimizer adamw --lr $lr --warmup 1070 --steps 1070 --out $out
-done
-for lr in 0.01 0.02 0.04; do
-    out=$runs/muon-$lr
-    [ -e $out/samples/eval.json ] && continue
-    rm -rf "$out"
-    $train --optimizer muon --muon-lr $lr --warmup 1000 --steps 1000 --out $out
-done
+    python train.py --history teacher --sample-every 100000 --ema 0.998 --warmup "$steps" --steps "$steps" "$@" --out "$out"
+}
+
+for lr in 0.003 0.007 0.015; do row adamw-$lr 1070 --optimizer adamw --lr $lr; done
+for lr in 0.01 0.02 0.04; do row muon-$lr 1000 --optimizer muon --muon-lr $lr; done
 python sample.py --table $runs/*

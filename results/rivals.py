@@ -41,6 +41,8 @@ from data import Sprites, fold, measure
 from model import CausalDiT, Config, WindowCache, load_checkpoint, load_weights, read_checkpoint
 from rf import Guided, add_noise, flow_matching_loss, shift
 from sample import (
+    EVAL_BATCH,
+    GIVEN,
     bounded_float,
     bounded_int,
     generate,
@@ -56,14 +58,15 @@ from sample import (
 )
 from train import (
     ClipNoise,
+    clip_gradient,
     load_batches,
     make_optimizers,
+    read_entry,
     save,
     set_learning_rate,
     update_ema,
 )
 
-GIVEN = 2  # true frames that a rollout continues
 STEPS = 4  # solver steps of a frame, and noise levels of a distilled student
 SAMPLE_SHIFT = 10.0  # Eq. (7) on them
 GUIDANCE = 1.5  # of the rows that are not distilled
@@ -476,8 +479,7 @@ def train(args):
     for name, value in vars(args).items():
         if value is not None:
             flags[name] = value
-    flags |= {"warmup": 0, "accumulate": 1, "fsdp": False, "init": args.init, "workers": 0}
-    flags |= {"source_step": source["step"], "lr_warmup": 50, "decay": "linear"}
+    flags |= {"warmup": 0, "lr_warmup": 50, "decay": "linear", "fsdp": False}
     run = Namespace(**flags)
     torch.manual_seed(run.seed)
     device = torch.device("cpu")
@@ -502,7 +504,7 @@ def train(args):
         if loss is None:
             continue
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), run.clip)
+        clip_gradient(net, run)
         set_learning_rate(optimizers, step, run)
         for optimizer in optimizers:
             optimizer.step()
@@ -515,17 +517,16 @@ def train(args):
 
 
 class Counted:
-    """A network that counts its forward passes, each of all videos."""
+    """A network that counts its forward passes of one video, the two of guidance as two."""
 
     def __init__(self, net):
         self.net = net
         self.config = net.config
         self.cache = net.cache
         self.passes = 0
-        self.videos = 1
 
     def __call__(self, x, *args, **options):
-        self.passes += len(x) / self.videos  # guidance runs both branches in one batch
+        self.passes += len(x)  # guidance runs both branches in one batch
         return self.net(x, *args, **options)
 
 
@@ -541,8 +542,8 @@ def evaluate(run, frames, videos):
         flags["size"], frames, 0, "test", flags["objects"], flags["wall"], flags["withheld"]
     )
     made = []
-    for i in tqdm(range(0, videos, 16), f"{run}", leave=False):
-        truth, c = default_collate([test[j] for j in range(i, min(i + 16, videos))])
+    for i in tqdm(range(0, videos, EVAL_BATCH), f"{run}", leave=False):
+        truth, c = default_collate([test[j] for j in range(i, min(i + EVAL_BATCH, videos))])
         given = truth[:, :GIVEN]
         made.append(torch.cat([given, *roll_out(net, given, c, frames, seed=i)], dim=1))
     scores = measure(torch.cat(made), [test.caption(i) for i in range(videos)], flags["wall"])
@@ -569,7 +570,7 @@ def minutes_of(run, flags=()):
     if "minutes" in flags:
         return flags["minutes"]
     lines = (Path(run) / "log.jsonl").read_text().splitlines()
-    entries = map(json.loads, lines)
+    entries = filter(None, map(read_entry, lines))
     return sum(e.get("seconds", 0) + e.get("data_seconds", 0) for e in entries) / 60
 
 
@@ -591,6 +592,7 @@ def print_table(folder):
         print(metrics_table(torch.tensor([seed["frames"] for seed in seeds])))
 
 
+# fmt: off
 def parse(argv):
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -600,30 +602,19 @@ def parse(argv):
     add("--teacher", type=Path, help="bidirectional: a run with --chunk equal to --frames")
     add("--out", type=Path, required=True, help="a new folder")
     add("--steps", type=positive_int, default=1800, help="default: %(default)s")
-    add(
-        "--lr",
-        type=positive_float,
-        default=5e-3,
-        help="of AdamW, or of the student (default: %(default)s)",
-    )
+    add("--lr", type=positive_float, default=5e-3,
+        help="of AdamW, or of the student (default: %(default)s)")
     add("--muon-lr", type=positive_float, default=0.015, help="default: %(default)s")
     add("--time-shift", type=positive_float, help="Eq. (7) on t of the loss (default: the run's)")
-    add(
-        "--ema",
-        type=bounded_float(0, 0.999999),
-        help="decay of the averaged weights (default: the run's)",
-    )
+    add("--ema", type=bounded_float(0, 0.999999),
+        help="decay of the averaged weights (default: the run's)")
     add("--seed", type=seed_int, default=0, help="default: %(default)s")
-    add(
-        "--fake-lr",
-        type=positive_float,
-        default=5e-4,
-        help="of the fake model (default: %(default)s)",
-    )
+    add("--fake-lr", type=positive_float, default=5e-4,
+        help="of the fake model (default: %(default)s)")
     add("--teacher-guidance", type=nonnegative_float, default=1.5,
-        help="classifier-free guidance of the teacher (default: %(default)s)")  # fmt: skip
+        help="classifier-free guidance of the teacher (default: %(default)s)")
     add("--every", type=positive_int, default=5,
-        help="steps of the fake model for one of the student's (default: %(default)s)")  # fmt: skip
+        help="steps of the fake model for one of the student's (default: %(default)s)")
 
     add = commands.add_parser("eval", help="measure runs").add_argument
     add("runs", type=Path, nargs="+")
@@ -634,6 +625,7 @@ def parse(argv):
     add = commands.add_parser("table", help="print the table").add_argument
     add("folder", type=Path)
     return parser.parse_args(argv)
+# fmt: on
 
 
 def main(argv):

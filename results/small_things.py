@@ -89,10 +89,7 @@ def spoil(truth, background, start):
     cluttered = truth.clone()
     for rows in (8, 16, 24):
         for columns in (8, 16, 24):
-            moved = truth.roll((rows, columns), (-2, -1)) - background.roll(
-                (rows, columns), (-2, -1)
-            )
-            cluttered = cluttered + moved
+            cluttered += (truth - background).roll((rows, columns), (-2, -1))
     return {
         "truth, frozen": frozen,
         "truth, cluttered": cluttered.clamp(-1, 1),
