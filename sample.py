@@ -763,6 +763,21 @@ def evaluate(
     (videos, frames, 3, size, size) on the CPU, and `data.measure`'s scores (videos, frames, 3).
     Raises ValueError for a model that was not trained on sprites, or whose frames are not finite.
     """
+    settings = {"steps": steps, "time_shift": time_shift, "guidance": guidance}
+    settings |= {"window": window, "sink": sink, "true_history": true_history}
+    settings |= {"first_steps": first_steps}
+
+    def roll_out(truth, c, seed):
+        return continue_truth(model, truth, c, given, seed=seed, **settings)
+
+    return measure_sampler(model, frames, videos, roll_out, seed)
+
+
+def measure_sampler(model, frames, videos, roll_out, seed=0):
+    """`evaluate` for any sampler: made = roll_out(truth, c, seed), on the device of the model.
+
+    truth, made: (B, frames, 3, size, size). made may be on another device.
+    """
     run = model.run
     if run["data"] != "sprites":
         raise ValueError(
@@ -770,16 +785,12 @@ def evaluate(
         )
     test = Sprites(run["size"], frames, 0, "test", run["objects"], run["wall"], run["withheld"])
     device = next(model.parameters()).device
-    settings = {"steps": steps, "time_shift": time_shift, "guidance": guidance}
-    settings |= {"window": window, "sink": sink, "true_history": true_history}
-    settings |= {"first_steps": first_steps}
 
     truths, rollouts = [], []
     for i in tqdm(range(0, videos, EVAL_BATCH), "batches", dynamic_ncols=True):
         clips = [test[j] for j in range(i, min(i + EVAL_BATCH, videos))]
         truth, c = default_collate(clips)
-        truth_here, c = truth.to(device), c.to(device)
-        made = continue_truth(model, truth_here, c, given, seed=seed + i, **settings)
+        made = roll_out(truth.to(device), c.to(device), seed + i).cpu()
         if not made.isfinite().all():
             raise ValueError("the model's frames are not finite; its weights may be nan")
         truths.append(truth)

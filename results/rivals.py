@@ -1,10 +1,8 @@
 """Table 1 on the sprites: the training principles of the paper's rivals, on one network.
 
-  python results/rivals.py train skyreels --init runs/t1/warm-0 --out runs/t1/skyreels-0
-  python results/rivals.py train self-forcing --init runs/t1/warm-0 --teacher runs/t1/real-0 \
+  python results/rivals.py skyreels --init runs/t1/warm-0 --out runs/t1/skyreels-0
+  python results/rivals.py self-forcing --init runs/t1/warm-0 --teacher runs/t1/real-0 \
 --out runs/t1/self-forcing-0
-  python results/rivals.py eval runs/t1/* --out results/table-1
-  python results/rivals.py table results/table-1
 
 Each row is named after the system whose principle it follows; none is that system. The rows NOVA
 (--history teacher), Pyramid Flow (--history noise --noise 0.333) and ours are runs of train.py.
@@ -23,8 +21,6 @@ Clips, network and sizes are those of the run that --init names. B videos, N fra
 channels, L words.
 """
 
-import json
-import re
 import sys
 import time
 from argparse import Namespace
@@ -32,36 +28,29 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Sprites, fold, measure
+from data import Sprites, fold
 from model import CausalDiT, Config, WindowCache, load_checkpoint, load_weights, read_checkpoint
 from rf import Guided, add_noise, flow_matching_loss, shift
 from sample import (
-    EVAL_BATCH,
     GIVEN,
     bounded_float,
-    bounded_int,
     generate,
-    load_run,
-    metrics_table,
     new_parser,
     nonnegative_float,
     positive_float,
     positive_int,
     run_main,
     seed_int,
-    write_json,
 )
 from train import (
     ClipNoise,
     clip_gradient,
     load_batches,
     make_optimizers,
-    read_entry,
     save,
     set_learning_rate,
     update_ema,
@@ -516,87 +505,10 @@ def train(args):
     save(net, ema, optimizers, run.steps, run)
 
 
-class Counted:
-    """A network that counts its forward passes of one video, the two of guidance as two."""
-
-    def __init__(self, net):
-        self.net = net
-        self.config = net.config
-        self.cache = net.cache
-        self.passes = 0
-
-    def __call__(self, x, *args, **options):
-        self.passes += len(x)  # guidance runs both branches in one batch
-        return self.net(x, *args, **options)
-
-
-def evaluate(run, frames, videos):
-    """Continue held-out clips and measure them. Returns a dictionary of what the table needs."""
-    net = load_run(run)
-    flags = net.run
-    if flags["data"] != "sprites" or net.config.chunk != 1:
-        raise ValueError(f"{run}: wanted a run on sprites with --chunk 1")
-    method = flags.get("method", flags["history"])
-    roll_out = ROLLOUTS.get(method, plain_rollout)
-    test = Sprites(
-        flags["size"], frames, 0, "test", flags["objects"], flags["wall"], flags["withheld"]
-    )
-    made = []
-    for i in tqdm(range(0, videos, EVAL_BATCH), f"{run}", leave=False):
-        truth, c = default_collate([test[j] for j in range(i, min(i + EVAL_BATCH, videos))])
-        given = truth[:, :GIVEN]
-        made.append(torch.cat([given, *roll_out(net, given, c, frames, seed=i)], dim=1))
-    scores = measure(torch.cat(made), [test.caption(i) for i in range(videos)], flags["wall"])
-
-    counted = Counted(net)
-    truth, c = default_collate([test[0]])
-    began = time.perf_counter()
-    new = len(list(roll_out(counted, truth[:, :GIVEN], c, 42, seed=0)))
-    seconds = time.perf_counter() - began
-    return {
-        "method": method,
-        "top_k": net.config.top_k,
-        "seed": flags["seed"],
-        "minutes": minutes_of(run, flags),
-        "teacher_minutes": minutes_of(flags["teacher"]) if flags.get("teacher") else 0,
-        "passes": counted.passes / new,
-        "milliseconds": 1000 * seconds / new,
-        "frames": scores.nanmean(0).tolist(),
-    }
-
-
-def minutes_of(run, flags=()):
-    """Minutes of training of a run, without those of the run it began with."""
-    if "minutes" in flags:
-        return flags["minutes"]
-    lines = (Path(run) / "log.jsonl").read_text().splitlines()
-    entries = filter(None, map(read_entry, lines))
-    return sum(e.get("seconds", 0) + e.get("data_seconds", 0) for e in entries) / 60
-
-
-def print_table(folder):
-    """Print the rows of NAME-SEED.json: three thirds, minutes, passes and time of a frame."""
-    rows = {}
-    for path in sorted(folder.glob("*.json")):
-        rows.setdefault(re.sub(r"-\d+$", "", path.stem), []).append(json.loads(path.read_text()))
-    if not rows:
-        raise ValueError(f"no NAME-SEED.json in {folder}; rivals.py eval writes them")
-    for name, seeds in rows.items():
-        first = seeds[0]
-        plural = "s" if len(seeds) > 1 else ""
-        print(
-            f"{name}, {len(seeds)} seed{plural}: {first['minutes']:.1f} min, its teacher "
-            f"{first['teacher_minutes']:.1f} min; {first['passes']:.2f} passes and "
-            f"{first['milliseconds']:.1f} ms a frame"
-        )
-        print(metrics_table(torch.tensor([seed["frames"] for seed in seeds])))
-
-
 # fmt: off
 def parse(argv):
     parser = new_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("train", help="train a row from a warm-up").add_argument
+    add = parser.add_argument
     add("method", choices=METHODS)
     add("--init", type=Path, required=True, help="the run of train.py to begin with")
     add("--teacher", type=Path, help="bidirectional: a run with --chunk equal to --frames")
@@ -615,31 +527,12 @@ def parse(argv):
         help="classifier-free guidance of the teacher (default: %(default)s)")
     add("--every", type=positive_int, default=5,
         help="steps of the fake model for one of the student's (default: %(default)s)")
-
-    add = commands.add_parser("eval", help="measure runs").add_argument
-    add("runs", type=Path, nargs="+")
-    add("--frames", type=bounded_int(GIVEN + 1, 10**6), default=100, help="default: %(default)s")
-    add("--videos", type=positive_int, default=64, help="default: %(default)s")
-    add("--out", type=Path, required=True, help="folder of the numbers, NAME-SEED.json")
-
-    add = commands.add_parser("table", help="print the table").add_argument
-    add("folder", type=Path)
     return parser.parse_args(argv)
 # fmt: on
 
 
 def main(argv):
     args = parse(argv)
-    if args.command == "table":
-        return print_table(args.folder)
-    if args.command == "eval":
-        args.out.mkdir(parents=True, exist_ok=True)
-        for run in args.runs:
-            path = args.out / f"{run.name}.json"
-            if not path.exists():  # a killed evaluation goes on
-                write_json(path, evaluate(run, args.frames, args.videos))
-        return print_table(args.out)
-
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists; name a new folder")
     if (args.method in DISTILLED) != (args.teacher is not None):

@@ -1,0 +1,330 @@
+"""Measure runs on held-out sprites, and redraw the tables and strips of the two README files.
+
+  python results/evidence.py measure results/table-1.json runs/table-1/*
+  python results/evidence.py strip results/table-1.png runs/table-1/*-0
+  python results/evidence.py tables
+
+measure: continue held-out clips with each run's own sampler, and write the scores of every frame
+into a JSON file, by the run's name: NAME-SEED. A run that is there is skipped, so that a killed
+command goes on. strip: draw a clip of each measured run below one another. tables: rewrite what
+stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and results/README.md, from
+results/FILE.json; KIND is thirds, overall or costs, and without NAMES all rows are drawn.
+
+The JSON is {name: {seed: measured}}; see `measure_run`. T frames.
+"""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Sprites
+from results.rivals import ROLLOUTS, plain_rollout
+from sample import (
+    GIVEN,
+    bounded_int,
+    contact_sheet,
+    evaluate,
+    load_run,
+    measure_sampler,
+    new_parser,
+    positive_int,
+    rollout_window,
+    run_main,
+    samples_folder,
+    standard_error,
+    write_json,
+    write_picture,
+)
+from train import read_entry
+
+COLUMNS = {"Temporal": 1, "Visual": 0, "Text": 2}  # of data.measure's scores
+RESULTS = Path(__file__).resolve().parent
+PAGES = (RESULTS.parent / "README.md", RESULTS / "README.md")
+MARKED = re.compile(
+    r"(?P<mark><!-- (?P<kind>\w+) (?P<file>[\w-]+)(: (?P<rows>[\w. -]+?))? -->)"
+    r"\n.*?<!-- end -->",
+    re.DOTALL,
+)
+KEPT = 4  # clips of a run, for the strip
+
+
+# ---- measure ----
+
+
+class Counted:
+    """A network that counts its forward passes of one video, the two of guidance as two."""
+
+    def __init__(self, net):
+        self.net = net
+        self.config = net.config
+        self.cache = net.cache
+        self.passes = 0
+
+    def __call__(self, x, *args, **options):
+        self.passes += len(x)  # guidance runs both branches in one batch
+        return self.net(x, *args, **options)
+
+
+def measure_run(run, frames, videos, true_history):
+    """Continue held-out clips by the run's own sampler, from GIVEN true frames.
+
+    Returns a dictionary: frames (T, 3), the scores of each frame, mean over the videos; errors
+    (4, 3), the standard errors over the videos of the three thirds and of the whole; true_history
+    (T, 3) or None, each frame predicted from true ones; minutes of training, without those of the
+    warm-up; passes and milliseconds of a new frame of one video.
+    """
+    net = load_run(run)
+    flags = net.run
+    if net.config.chunk != 1:
+        raise ValueError(f"{run}: wanted a run with --chunk 1")
+    roll_out = ROLLOUTS.get(flags.get("method"), plain_rollout)
+
+    def continue_clips(truth, c, seed):
+        given = truth[:, :GIVEN]
+        return torch.cat([given, *roll_out(net, given, c, frames, seed)], dim=1)
+
+    truth, made, scores = measure_sampler(net, frames, videos, continue_clips)
+    path = samples_folder(run) / "measured.npz"
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(path, truth=truth[:KEPT].half().numpy(), made=made[:KEPT].half().numpy())
+
+    on_truth = None
+    if true_history:
+        if roll_out is not plain_rollout:
+            raise ValueError(f"{run}: --true-history goes with runs of train.py")
+        window = rollout_window(net.config, flags["frames"])
+        on_truth = evaluate(net, frames, videos, 4, 10.0, 1.5, window, true_history=True)[2]
+
+    passes, milliseconds = cost_of_a_frame(net, roll_out, truth[:1])
+    return {
+        "videos": videos,
+        "frames": rounded(scores.nanmean(0)),
+        "errors": rounded(standard_errors(scores)),
+        "true_history": None if on_truth is None else rounded(on_truth.nanmean(0)),
+        "minutes": round(minutes_of(run, flags), 3),
+        "teacher_minutes": round(minutes_of(flags["teacher"]), 3) if flags.get("teacher") else 0,
+        "passes": round(passes, 2),
+        "milliseconds": round(milliseconds, 1),
+    }
+
+
+def rounded(scores):
+    """Scores as lists with two decimals; what was not measured is None."""
+    return [[None if z != z else round(z, 2) for z in row] for row in scores.tolist()]
+
+
+def standard_errors(scores):
+    """Standard errors over the videos (4, 3) of scores (B, T, 3): three thirds and the whole."""
+    edges = third_edges(scores.shape[1])
+    parts = [scores[:, start:end].nanmean(1) for start, end in edges]
+    return torch.stack([standard_error(part) for part in parts])
+
+
+def third_edges(T):
+    """First and last + 1 frame of the three thirds of T frames, and of the whole."""
+    a, b = round(T / 3), round(2 * T / 3)
+    return [(0, a), (a, b), (b, T), (0, T)]
+
+
+def cost_of_a_frame(net, roll_out, truth, frames=42):
+    """(forward passes, milliseconds) of a new frame of one video, after a first rollout."""
+    counted = Counted(net)
+    _, c = default_collate([Sprites(truth.shape[-1], 1, 0, "test", net.run["objects"])[0]])
+    given = truth[:, :GIVEN]
+    for _ in roll_out(net, given, c, GIVEN + 4, seed=0):
+        pass
+    began = time.perf_counter()
+    new = len(list(roll_out(counted, given, c, frames, seed=0)))
+    return counted.passes / new, 1000 * (time.perf_counter() - began) / new
+
+
+def minutes_of(run, flags=()):
+    """Minutes of training of a run; of a rival that began with another rival, of both."""
+    if "method" in flags:
+        before = load_run(flags["init"]).run
+        earlier = minutes_of(flags["init"], before) if "method" in before else 0
+        return flags["minutes"] + earlier
+    lines = (Path(run) / "log.jsonl").read_text().splitlines()
+    entries = filter(None, map(read_entry, lines))
+    return sum(e.get("seconds", 0) + e.get("data_seconds", 0) for e in entries) / 60
+
+
+def measure(args):
+    for run in args.runs:
+        name, seed = split_name(run)
+        if seed in read_rows(args.file).get(name, {}):
+            continue
+        measured = measure_run(run, args.frames, args.videos, args.true_history)
+        rows = read_rows(args.file)  # another process may have added a run
+        rows.setdefault(name, {})[seed] = measured
+        write_json(args.file, {name: dict(sorted(rows[name].items())) for name in sorted(rows)})
+    print(thirds_table(read_rows(args.file)))
+
+
+def split_name(run):
+    """A run's folder NAME-SEED as (NAME, SEED). Raises ValueError."""
+    match = re.fullmatch(r"(.+)-(\d+)", Path(run).name)
+    if not match:
+        raise ValueError(f"{run}: wanted a folder whose name ends with its seed, as in ours-0")
+    return match.groups()
+
+
+def read_rows(path):
+    """The runs measured so far, {name: {seed: measured}}. Raises ValueError for another file."""
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text("utf-8"))
+        for seeds in rows.values():
+            for measured in seeds.values():
+                measured["frames"], measured["errors"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of measured runs ({error!r})") from None
+    return rows
+
+
+# ---- tables ----
+
+
+def scores_of(seeds):
+    """The scores (seeds, T, 3) of {seed: measured}."""
+    lists = [measured["frames"] for measured in seeds.values()]
+    return torch.tensor([[[np.nan if z is None else z for z in row] for row in s] for s in lists])
+
+
+def means_and_errors(seeds):
+    """Means and standard errors (4, 3) of the thirds and the whole.
+
+    The errors are those over the seeds, or over the videos of a single seed.
+    """
+    scores = scores_of(seeds)
+    parts = [scores[:, start:end].nanmean(1) for start, end in third_edges(scores.shape[1])]
+    means = torch.stack([part.mean(0) for part in parts])
+    if len(seeds) == 1:
+        return means, torch.tensor(next(iter(seeds.values()))["errors"])
+    return means, torch.stack([standard_error(part) for part in parts])
+
+
+def thirds_table(rows):
+    """Temporal, Visual and Text of the three thirds of each row, ± standard error."""
+    T = scores_of(next(iter(rows.values()))).shape[1]
+    edges = [f"{start}-{end - 1}" for start, end in third_edges(T)[:3]]
+    width = max(map(len, rows)) + 2
+    lines = [
+        " " * width + "".join(f"{name:^36}" for name in COLUMNS),
+        f"{'frames':{width}}" + "".join(f"{edge:>12}" for edge in edges) * len(COLUMNS),
+    ]
+    for name, seeds in rows.items():
+        means, errors = means_and_errors(seeds)
+        cells = [
+            f"{means[part, i]:6.1f} ±{errors[part, i]:4.1f}"
+            for i in COLUMNS.values()
+            for part in range(3)
+        ]
+        lines.append(f"{name:{width}}" + "".join(cells))
+    return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
+
+
+def overall_table(rows):
+    """Temporal, Visual and Text over all frames, and the last third."""
+    lines = [
+        "| | *Temporal* | *Visual* | *Text* | last third |",
+        "|---|---|---|---|---|",
+    ]
+    for name, seeds in rows.items():
+        means, errors = means_and_errors(seeds)
+        cells = [f"{means[3, i]:.1f} ± {errors[3, i]:.1f}" for i in COLUMNS.values()]
+        last = " / ".join(f"{means[2, i]:.0f}" for i in COLUMNS.values())
+        lines.append(f"| {name} | {' | '.join(cells)} | {last} |")
+    return "\n".join(lines)
+
+
+def costs_table(rows):
+    """What each row costs in training and in sampling."""
+    lines = [
+        "| | seeds | minutes | its teacher's | passes a frame | ms a frame |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, seeds in rows.items():
+        columns = ("minutes", "teacher_minutes", "passes", "milliseconds")
+        mean = [np.mean([measured[column] for measured in seeds.values()]) for column in columns]
+        teacher = f"{mean[1]:.0f}" if mean[1] else "-"
+        lines.append(
+            f"| {name} | {len(seeds)} | {mean[0]:.0f} | {teacher} | {mean[2]:.2f} | {mean[3]:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"thirds": thirds_table, "overall": overall_table, "costs": costs_table}
+
+
+def redraw(text):
+    """The text of a page with its tables drawn anew from results/*.json."""
+
+    def draw(match):
+        rows = read_rows(RESULTS / f"{match['file']}.json")
+        chosen = match["rows"].split() if match["rows"] else rows
+        table = TABLES[match["kind"]]({name: rows[name] for name in chosen})
+        return f"{match['mark']}\n{table}\n<!-- end -->"
+
+    return MARKED.sub(draw, text)
+
+
+def tables(args):
+    for page in PAGES:
+        page.write_text(redraw(page.read_text("utf-8")), "utf-8")
+
+
+# ---- strip ----
+
+
+def strip(args):
+    rows = {}
+    for run in args.runs:
+        path = samples_folder(run) / "measured.npz"
+        if not path.exists():
+            raise ValueError(f"no {path}; evidence.py measure writes it")
+        clips = np.load(path)
+        rows.setdefault("truth", clips["truth"][args.clip])
+        rows[split_name(run)[0]] = clips["made"][args.clip]
+    videos = [torch.from_numpy(video).float() for video in rows.values()]
+    write_picture(args.picture, contact_sheet(videos, args.columns, list(rows)))
+
+
+# fmt: off
+def parse(argv):
+    parser = new_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("measure", help="measure runs").add_argument
+    add("file", type=Path, help="results/NAME.json")
+    add("runs", type=Path, nargs="+", help="folders of runs, NAME-SEED")
+    add("--frames", type=bounded_int(GIVEN + 1, 10**6), default=100, help="default: %(default)s")
+    add("--videos", type=positive_int, default=64, help="default: %(default)s")
+    add("--true-history", action="store_true", help="predict each frame from true ones, too")
+
+    add = commands.add_parser("strip", help="draw a clip of each run").add_argument
+    add("picture", type=Path, help="a .png")
+    add("runs", type=Path, nargs="+", help="measured runs")
+    add("--clip", type=bounded_int(0, KEPT - 1), default=0, help="default: %(default)s")
+    add("--columns", type=positive_int, default=12, help="frames drawn (default: %(default)s)")
+
+    commands.add_parser("tables", help="rewrite the tables of the two README files")
+    return parser.parse_args(argv)
+# fmt: on
+
+
+def main(argv):
+    args = parse(argv)
+    {"measure": measure, "strip": strip, "tables": tables}[args.command](args)
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
