@@ -1,14 +1,16 @@
 """Measure runs on held-out sprites, and redraw the tables and strips of the two README files.
 
   python results/evidence.py measure results/table-1.json runs/table-1/*
+  python results/evidence.py baselines results/table-1.json
   python results/evidence.py strip results/table-1.png runs/table-1/*-0
   python results/evidence.py tables
 
 measure: continue held-out clips with each run's own sampler, and write the scores of every frame
-into a JSON file, by the run's name: NAME-SEED. A run that is there is skipped, so that a killed
-command goes on. strip: draw a clip of each measured run below one another. tables: rewrite what
-stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and results/README.md, from
-results/FILE.json; KIND is thirds, overall or costs, and without NAMES all rows are drawn.
+into a JSON file, by the run's name, NAME-SEED. A run that is there is skipped, so that a killed
+command goes on. baselines: score the truth, a copy of the last given frame, and sprites that go
+straight on without bouncing. strip: draw a clip of each measured run below one another. tables:
+rewrite what stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and
+results/README.md from results/FILE.json. KIND is one of TABLES; without NAMES all rows are drawn.
 
 The JSON is {name: {seed: measured}}; see `measure_run`. T frames.
 """
@@ -17,6 +19,7 @@ import json
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +28,9 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Sprites
-from results.rivals import ROLLOUTS, plain_rollout
+from data import Sprites, paint
+from data import measure as measure_video
+from results.rivals import GUIDANCE, ROLLOUTS, SAMPLE_SHIFT, STEPS, plain_rollout
 from sample import (
     GIVEN,
     bounded_int,
@@ -85,7 +89,9 @@ def measure_run(run, frames, videos, true_history):
     flags = net.run
     if net.config.chunk != 1:
         raise ValueError(f"{run}: wanted a run with --chunk 1")
-    roll_out = ROLLOUTS.get(flags.get("method"), plain_rollout)
+    window = rollout_window(net.config, flags["frames"])
+    plain = partial(plain_rollout, window=window)
+    roll_out = ROLLOUTS.get(flags.get("method"), plain)
 
     def continue_clips(truth, c, seed):
         given = truth[:, :GIVEN]
@@ -93,15 +99,15 @@ def measure_run(run, frames, videos, true_history):
 
     truth, made, scores = measure_sampler(net, frames, videos, continue_clips)
     path = samples_folder(run) / "measured.npz"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, truth=truth[:KEPT].half().numpy(), made=made[:KEPT].half().numpy())
 
     on_truth = None
     if true_history:
-        if roll_out is not plain_rollout:
+        if roll_out is not plain:
             raise ValueError(f"{run}: --true-history goes with runs of train.py")
-        window = rollout_window(net.config, flags["frames"])
-        on_truth = evaluate(net, frames, videos, 4, 10.0, 1.5, window, true_history=True)[2]
+        sampler = (STEPS, SAMPLE_SHIFT, GUIDANCE, window)
+        _, _, on_truth = evaluate(net, frames, videos, *sampler, true_history=True)
 
     passes, milliseconds = cost_of_a_frame(net, roll_out, truth[:1])
     return {
@@ -109,8 +115,8 @@ def measure_run(run, frames, videos, true_history):
         "frames": rounded(scores.nanmean(0)),
         "errors": rounded(standard_errors(scores)),
         "true_history": None if on_truth is None else rounded(on_truth.nanmean(0)),
-        "minutes": round(minutes_of(run, flags), 3),
-        "teacher_minutes": round(minutes_of(flags["teacher"]), 3) if flags.get("teacher") else 0,
+        "minutes": minutes_of(run, flags),
+        "teacher_minutes": minutes_of(flags["teacher"]) if flags.get("teacher") else 0,
         "passes": round(passes, 2),
         "milliseconds": round(milliseconds, 1),
     }
@@ -147,14 +153,20 @@ def cost_of_a_frame(net, roll_out, truth, frames=42):
 
 
 def minutes_of(run, flags=()):
-    """Minutes of training of a run; of a rival that began with another rival, of both."""
+    """Minutes of training of a run; of a rival that began with another rival, of both.
+
+    None for weights of pack.py, which have no log.
+    """
     if "method" in flags:
         before = load_run(flags["init"]).run
         earlier = minutes_of(flags["init"], before) if "method" in before else 0
-        return flags["minutes"] + earlier
-    lines = (Path(run) / "log.jsonl").read_text().splitlines()
-    entries = filter(None, map(read_entry, lines))
-    return sum(e.get("seconds", 0) + e.get("data_seconds", 0) for e in entries) / 60
+        return round(flags["minutes"] + earlier, 3)
+    log = Path(run) / "log.jsonl"
+    if not log.is_file():
+        return None
+    entries = filter(None, map(read_entry, log.read_text().splitlines()))
+    seconds = sum(e.get("seconds", 0) + e.get("data_seconds", 0) for e in entries)
+    return round(seconds / 60, 3)
 
 
 def measure(args):
@@ -169,8 +181,36 @@ def measure(args):
     print(thirds_table(read_rows(args.file)))
 
 
+def baselines(args):
+    """Score the truth, the last given frame repeated, and the given motion without bounces."""
+    test = Sprites(args.size, args.frames, 0, "test")
+    time = torch.arange(args.frames)[:, None, None]
+    videos = {"truth": [], "copy": [], "straight": []}
+    for i in range(args.videos):
+        colour, shape, at = test.scene(i)
+        truth = test[i][0]
+        straight = at[:1] + time * (at[1] - at[0])
+        videos["truth"].append(truth)
+        videos["copy"].append(truth[(time[:, 0, 0]).clamp(max=GIVEN - 1)])
+        videos["straight"].append(
+            paint(straight[None], shape[None, None], colour[None, None], args.size)[0]
+        )
+
+    captions = [test.caption(i) for i in range(args.videos)]
+    rows = read_rows(args.file)
+    for name, made in videos.items():
+        scores = measure_video(torch.stack(made), captions)
+        cost = dict.fromkeys(("minutes", "teacher_minutes", "passes", "milliseconds"), 0)
+        measured = {"videos": args.videos, "frames": rounded(scores.nanmean(0))}
+        rows[name] = {"0": measured | {"errors": rounded(standard_errors(scores))} | cost}
+    write_json(args.file, rows)
+    print(thirds_table({name: rows[name] for name in videos}))
+
+
 def split_name(run):
-    """A run's folder NAME-SEED as (NAME, SEED). Raises ValueError."""
+    """A run's folder NAME-SEED as (NAME, SEED), weights NAME.pt as (NAME, 0). Raises ValueError."""
+    if Path(run).suffix == ".pt":
+        return Path(run).stem, "0"
     match = re.fullmatch(r"(.+)-(\d+)", Path(run).name)
     if not match:
         raise ValueError(f"{run}: wanted a folder whose name ends with its seed, as in ours-0")
@@ -263,7 +303,41 @@ def costs_table(rows):
     return "\n".join(lines)
 
 
-TABLES = {"thirds": thirds_table, "overall": overall_table, "costs": costs_table}
+def bias_table(rows):
+    """All frames on true and on own history, the last third on its own, and what it lost."""
+    lines = [
+        "| | true history | own history | own, last third | lost |",
+        "|---|---|---|---|---|",
+    ]
+    order = list(COLUMNS.values())
+    for name, seeds in rows.items():
+        on_truth = {seed: m | {"frames": m["true_history"]} for seed, m in seeds.items()}
+        true = means_and_errors(on_truth)[0][3, order]
+        own = means_and_errors(seeds)[0][:, order]
+        columns = [true, own[3], own[2], true - own[2]]
+        cells = [" / ".join(f"{z:.0f}" for z in column) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def hundreds_table(rows):
+    """Temporal / Visual / Text of every hundred frames."""
+    lines = [f"| frames | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
+    scores = [scores_of(seeds).nanmean(0) for seeds in rows.values()]
+    for start in range(0, len(scores[0]), 100):
+        parts = [z[start : start + 100].nanmean(0)[list(COLUMNS.values())] for z in scores]
+        cells = [" / ".join(f"{z:.1f}" for z in part) for part in parts]
+        lines.append(f"| {start}-{start + 99} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "thirds": thirds_table,
+    "overall": overall_table,
+    "costs": costs_table,
+    "bias": bias_table,
+    "hundreds": hundreds_table,
+}
 
 
 def redraw(text):
@@ -271,7 +345,10 @@ def redraw(text):
 
     def draw(match):
         rows = read_rows(RESULTS / f"{match['file']}.json")
-        chosen = match["rows"].split() if match["rows"] else rows
+        chosen = match["rows"].split() if match["rows"] else list(rows)
+        missing = [name for name in chosen if name not in rows]
+        if missing or not chosen:
+            raise ValueError(f"results/{match['file']}.json has no row {' '.join(missing)}")
         table = TABLES[match["kind"]]({name: rows[name] for name in chosen})
         return f"{match['mark']}\n{table}\n<!-- end -->"
 
@@ -310,6 +387,12 @@ def parse(argv):
     add("--videos", type=positive_int, default=64, help="default: %(default)s")
     add("--true-history", action="store_true", help="predict each frame from true ones, too")
 
+    add = commands.add_parser("baselines", help="score what needs no model").add_argument
+    add("file", type=Path, help="results/NAME.json")
+    add("--frames", type=bounded_int(GIVEN + 1, 10**6), default=100, help="default: %(default)s")
+    add("--videos", type=positive_int, default=64, help="default: %(default)s")
+    add("--size", type=positive_int, default=32, help="pixels (default: %(default)s)")
+
     add = commands.add_parser("strip", help="draw a clip of each run").add_argument
     add("picture", type=Path, help="a .png")
     add("runs", type=Path, nargs="+", help="measured runs")
@@ -323,7 +406,8 @@ def parse(argv):
 
 def main(argv):
     args = parse(argv)
-    {"measure": measure, "strip": strip, "tables": tables}[args.command](args)
+    commands = {"measure": measure, "baselines": baselines, "strip": strip, "tables": tables}
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

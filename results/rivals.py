@@ -405,9 +405,9 @@ class LongLive(SelfForcing):
 # ---- training, sampling and measuring a row ----
 
 
-def plain_rollout(net, given, c, frames, seed):
+def plain_rollout(net, given, c, frames, seed, window=WINDOW):
     """The rollout of sample.py: yields each new frame (B, 1, C, height, width)."""
-    return generate(net, [(0, c)], given, frames, STEPS, SAMPLE_SHIFT, GUIDANCE, WINDOW, seed=seed)
+    return generate(net, [(0, c)], given, frames, STEPS, SAMPLE_SHIFT, GUIDANCE, window, seed=seed)
 
 
 @torch.no_grad()

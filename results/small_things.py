@@ -28,6 +28,7 @@ from sample import (
     load_run,
     new_parser,
     nonnegative_float,
+    positive_float,
     positive_int,
     rollout_window,
     run_main,
@@ -145,8 +146,10 @@ def parse(argv):
     add("--frames", type=bounded_int(3), default=48, help="default: %(default)s")
     add("--from", type=bounded_int(0), default=32, dest="start", help="default: %(default)s")
     add("--given", type=positive_int, default=2, help="true frames (default: %(default)s)")
-    add("--steps", type=positive_int, default=4, help="Euler steps (default: %(default)s)")
-    add("--guidance", type=nonnegative_float, default=1.5, help="default: %(default)s")
+    add("--steps", type=positive_int, default=8, help="Euler steps (default: %(default)s)")
+    add("--time-shift", type=positive_float, default=10.0,
+        help="Eq. (7) on their times (default: %(default)s)")
+    add("--guidance", type=nonnegative_float, default=1.0, help="default: %(default)s")
     add("--out", type=Path, help="picture, .gif and .png (default: in the run)")
     args = parser.parse_args(argv)
     if args.given >= args.start or args.start + 8 >= args.frames:
@@ -164,7 +167,7 @@ def main(argv):
     if not model.run["words"]:
         raise ValueError(f"{args.run} was not trained on videos")
     truth, c, games, fps = read_clips(args.clips, model.run, args.frames)
-    settings = {"steps": args.steps, "time_shift": 10.0, "guidance": args.guidance}
+    settings = {"steps": args.steps, "time_shift": args.time_shift, "guidance": args.guidance}
     settings["window"] = rollout_window(model.config, model.run["frames"])
     made = continue_video(model, truth, c, args.frames, args.given, **settings)
     last, wanted, predicted = one_ahead(model, truth, c, settings)

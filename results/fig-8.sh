@@ -1,0 +1,11 @@
+# Fig. 8 on the sprites: which history frames are picked with k = 1, 3, 5: bash results/fig-8.sh
+# Begins with the resampling run of table-1.sh. Writes results/fig-8-K.png.
+. "$(dirname "$0")/common.sh"
+runs=${1:-runs/fig-8}
+init=${2:-runs/table-1/ours-0}
+
+for k in 1 3 5; do
+    row $runs/top-$k $train --init $init --warmup 0 --steps 300 --lr 2e-3 --muon-lr 5e-3 --top-k $k
+    python sample.py "red circle and blue square" --checkpoint $runs/top-$k --frames 10 --window 0 --samples 16 --routing --out $runs/pictures-$k/
+    cp $runs/pictures-$k/routing.png results/fig-8-$k.png
+done

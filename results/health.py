@@ -1,0 +1,61 @@
+"""Held-out loss of a run by noise level, to compare with the table of a healthy one.
+
+  python results/health.py runs/001
+
+Prints Eq. (4)'s loss on held-out sprites, all frames at one noise level t, on the true history and
+on the history that self-resampling makes (s = 0.6). t near 1 asks where things are going, and t
+near 0 asks for their edges.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Sprites, fold
+from rf import add_noise, self_resample
+from sample import load_run, new_parser, positive_int, run_main
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+
+
+@torch.no_grad()
+def losses_by_level(model, x, c, history, seed=0):
+    """Eq. (4) with every frame at level t, for each t of LEVELS. x (B, N, C, height, width)."""
+    noise = torch.Generator().manual_seed(seed)
+    eps = torch.randn(x.shape, generator=noise)
+    losses = []
+    for level in LEVELS:
+        t = torch.full(x.shape[:2], level)
+        v = model(add_noise(x, eps, t), t, c, history)
+        losses.append((v - (eps - x)).square().mean().item())
+    return losses
+
+
+def main(argv):
+    parser = new_parser(__doc__)
+    parser.add_argument("run", type=Path, help="a run of train.py on sprites")
+    parser.add_argument("--videos", type=positive_int, default=64, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    model = load_run(args.run)
+    run = model.run
+    if run["data"] != "sprites":
+        raise ValueError(f"{args.run} was trained on {run['data']}; wanted a run on sprites")
+
+    flags = (run["objects"], run["wall"], run["withheld"])
+    test = Sprites(run["size"], run["frames"], 0, "test", *flags)
+    videos, c = default_collate([test[i] for i in range(args.videos)])
+    x = fold(videos, model.config.chunk)
+    torch.manual_seed(0)
+    histories = {"true": x[:, :-1], "resampled": self_resample(model, x[:, :-1], c)}
+    print(f"{'history':>12}" + "".join(f"{f't = {t:g}':>10}" for t in LEVELS))
+    for name, history in histories.items():
+        losses = losses_by_level(model, x, c, history)
+        print(f"{name:>12}" + "".join(f"{loss:10.4f}" for loss in losses))
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

@@ -1,0 +1,140 @@
+"""Draw the curves of results/*.json: pip install matplotlib && python results/plot.py
+
+  drift.png  score against frame for the four histories of Table 2, from table-1.json
+  long.png   the same over 1,000 frames for the two models in results/, from long.json
+  fig-6.png  score against the timestep shift s of self-resampling, from fig-6.json
+
+A solid line is the mean over the seeds, a band their standard deviation, and a dashed line the same
+models on true history: the distance between the two is exposure bias. Scores are averaged over
+SMOOTH frames.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from results.evidence import COLUMNS, RESULTS, means_and_errors, read_rows, scores_of
+from sample import new_parser, run_main
+
+TRAINED = 10  # frames of a training clip
+SMOOTH = 5
+HISTORIES = {  # row of table-1.json: label, colour, line width
+    "nova": ("teacher forcing", "#d62728", 1.4),
+    "pyramid-flow": ("noise", "#ff9f0e", 1.4),
+    "parallel": ("parallel resampling", "#3a76c4", 1.4),
+    "ours": ("resampling forcing", "#157f3b", 2.4),
+}
+BASELINES = {"copy": ("last frame, copied", ":"), "straight": ("straight line", (0, (1, 3)))}
+
+
+def smooth(curve, width):
+    """Mean over `width` frames around each, fewer at the ends; nan is left out. curve (T,)."""
+    seen = ~np.isnan(curve)
+    box = np.ones(width)
+    total = np.convolve(np.where(seen, curve, 0), box, "same")
+    count = np.convolve(seen, box, "same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def label_ends(axis, ends, x):
+    """Write each label at the right end of its line, moved apart where two would overlap."""
+    last = -np.inf
+    for y, text, colour in sorted(ends):
+        last = max(y, last + 6)
+        axis.annotate(text, (x, last), xytext=(4, 0), textcoords="offset points",
+                      color=colour, fontsize=8, va="center", annotation_clip=False)  # fmt: skip
+
+
+def draw_curves(plt, rows, styles, path, width):
+    """One panel for each metric: score against frame."""
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 3.4), sharey=True)
+    figure.subplots_adjust(wspace=0.48)
+    for axis, (metric, column) in zip(axes, COLUMNS.items()):
+        ends = []
+        for name, (label, colour, thickness) in styles.items():
+            if name not in rows:
+                continue
+            curves = [smooth(scores[:, column].numpy(), width) for scores in scores_of(rows[name])]
+            mean, spread = np.mean(curves, 0), np.std(curves, 0)
+            x = np.arange(len(mean))
+            axis.plot(x, mean, color=colour, linewidth=thickness)
+            axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+            ends.append((mean[-1], label, colour))
+
+            true = {n: m | {"frames": m["true_history"]} for n, m in rows[name].items()
+                    if m.get("true_history")}  # fmt: skip
+            if true:
+                curve = smooth(scores_of(true).nanmean(0)[:, column].numpy(), width)
+                axis.plot(x, curve, color=colour, linewidth=0.9, linestyle="--")
+
+        for name, (label, dashes) in BASELINES.items():
+            if name in rows:
+                curve = smooth(scores_of(rows[name])[0, :, column].numpy(), width)
+                axis.plot(curve, color="#555555", linewidth=1, linestyle=dashes)
+                ends.append((curve[-1], label, "#555555"))
+
+        axis.axvline(TRAINED, color="#999999", linewidth=0.8)
+        axis.set_title(metric, loc="left", fontsize=11)
+        axis.set_xlabel("frame")
+        axis.set_xlim(0, len(mean) - 1)
+        axis.set_ylim(0, 102)
+        axis.spines[["top", "right"]].set_visible(False)
+        label_ends(axis, ends, len(mean) - 1)
+        axis.tick_params(labelleft=True)
+    axes[0].text(TRAINED, 3, " end of training clips", fontsize=8, color="#777777")
+    save(figure, path)
+
+
+def draw_shift(plt, rows, path):
+    """Scores of the last third against s, with standard errors over the videos."""
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    points = sorted((float(name.removeprefix("s-")), name) for name in rows)
+    for (metric, column), marker in zip(COLUMNS.items(), "os^"):
+        means, errors = zip(*(means_and_errors(rows[name]) for _, name in points))
+        axis.errorbar(
+            [s for s, _ in points],
+            [mean[2, column] for mean in means],
+            [error[2, column] for error in errors],
+            marker=marker, capsize=3, label=metric,
+        )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xticks([s for s, _ in points], [f"{s:g}" for s, _ in points])
+    axis.minorticks_off()
+    axis.set_xlabel("s of Eq. (7) for t_s; larger: more of the history is redrawn")
+    axis.set_ylabel("score, last third of 100 frames")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
+    print(path)
+
+
+def main(argv):
+    parser = new_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: results/)")
+    out = parser.parse_args(argv).out
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("plot.py needs `pip install matplotlib`") from None
+
+    draw_curves(plt, read_rows(RESULTS / "table-1.json"), HISTORIES, out / "drift.png", SMOOTH)
+    models = {
+        "teacher": ("teacher forcing", "#d62728", 1.4),
+        "resample": ("resampling forcing", "#157f3b", 2.4),
+    }
+    draw_curves(plt, read_rows(RESULTS / "long.json"), models, out / "long.png", 9 * SMOOTH)
+    draw_shift(plt, read_rows(RESULTS / "fig-6.json"), out / "fig-6.png")
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
