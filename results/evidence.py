@@ -1,16 +1,19 @@
 """Measure runs on held-out sprites, and redraw the tables and strips of the two README files.
 
   python results/evidence.py measure results/table-1.json runs/table-1/*
+  python results/evidence.py time results/table-1.json runs/table-1/*
   python results/evidence.py baselines results/table-1.json
   python results/evidence.py strip results/table-1.png runs/table-1/*-0
   python results/evidence.py tables
 
-measure: continue held-out clips with each run's own sampler, and write the scores of every frame
-into a JSON file, by the run's name, NAME-SEED. A run that is there is skipped, so that a killed
-command goes on. baselines: score the truth, a copy of the last given frame, and sprites that go
-straight on without bouncing. strip: draw a clip of each measured run below one another. tables:
-rewrite what stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and
-results/README.md from results/FILE.json. KIND is one of TABLES; without NAMES all rows are drawn.
+measure    continue held-out clips with each run's own sampler, and write the scores of every frame
+           into a JSON file, by the run's name, NAME-SEED. A run that is there is skipped, so that
+           a killed command goes on
+time       add what a new frame costs, all runs in turn in one process
+baselines  score the truth, a copy of the last given frame, and sprites that go straight on
+strip      draw a clip of each measured run below one another
+tables     rewrite what stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and
+           results/README.md from results/FILE.json. KIND is one of TABLES; without NAMES all rows
 
 The JSON is {name: {seed: measured}}; see `measure_run`. T frames.
 """
@@ -25,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -57,6 +61,7 @@ MARKED = re.compile(
     r"\n.*?<!-- end -->",
     re.DOTALL,
 )
+ROUNDS = 5  # of timing
 KEPT = 4  # clips of a run, for the strip
 
 
@@ -77,21 +82,28 @@ class Counted:
         return self.net(x, *args, **options)
 
 
+def load_sampled(run):
+    """A run's network, and its sampler, roll_out(net, given, c, frames, seed).
+
+    Raises ValueError for a run of longer chunks.
+    """
+    net = load_run(run)
+    if net.config.chunk != 1:
+        raise ValueError(f"{run}: wanted a run with --chunk 1")
+    plain = partial(plain_rollout, window=rollout_window(net.config, net.run["frames"]))
+    return net, ROLLOUTS.get(net.run.get("method"), plain)
+
+
 def measure_run(run, frames, videos, true_history):
     """Continue held-out clips by the run's own sampler, from GIVEN true frames.
 
     Returns a dictionary: frames (T, 3), the scores of each frame, mean over the videos; errors
     (4, 3), the standard errors over the videos of the three thirds and of the whole; true_history
     (T, 3) or None, each frame predicted from true ones; minutes of training, without those of the
-    warm-up; passes and milliseconds of a new frame of one video.
+    warm-up. Keeps the first clips in the run's samples/ for `strip`.
     """
-    net = load_run(run)
+    net, roll_out = load_sampled(run)
     flags = net.run
-    if net.config.chunk != 1:
-        raise ValueError(f"{run}: wanted a run with --chunk 1")
-    window = rollout_window(net.config, flags["frames"])
-    plain = partial(plain_rollout, window=window)
-    roll_out = ROLLOUTS.get(flags.get("method"), plain)
 
     def continue_clips(truth, c, seed):
         given = truth[:, :GIVEN]
@@ -104,12 +116,11 @@ def measure_run(run, frames, videos, true_history):
 
     on_truth = None
     if true_history:
-        if roll_out is not plain:
+        if "method" in flags:
             raise ValueError(f"{run}: --true-history goes with runs of train.py")
-        sampler = (STEPS, SAMPLE_SHIFT, GUIDANCE, window)
+        sampler = (STEPS, SAMPLE_SHIFT, GUIDANCE, rollout_window(net.config, flags["frames"]))
         _, _, on_truth = evaluate(net, frames, videos, *sampler, true_history=True)
 
-    passes, milliseconds = cost_of_a_frame(net, roll_out, truth[:1])
     return {
         "videos": videos,
         "frames": rounded(scores.nanmean(0)),
@@ -117,8 +128,6 @@ def measure_run(run, frames, videos, true_history):
         "true_history": None if on_truth is None else rounded(on_truth.nanmean(0)),
         "minutes": minutes_of(run, flags),
         "teacher_minutes": minutes_of(flags["teacher"]) if flags.get("teacher") else 0,
-        "passes": round(passes, 2),
-        "milliseconds": round(milliseconds, 1),
     }
 
 
@@ -138,18 +147,6 @@ def third_edges(T):
     """First and last + 1 frame of the three thirds of T frames, and of the whole."""
     a, b = round(T / 3), round(2 * T / 3)
     return [(0, a), (a, b), (b, T), (0, T)]
-
-
-def cost_of_a_frame(net, roll_out, truth, frames=42):
-    """(forward passes, milliseconds) of a new frame of one video, after a first rollout."""
-    counted = Counted(net)
-    _, c = default_collate([Sprites(truth.shape[-1], 1, 0, "test", net.run["objects"])[0]])
-    given = truth[:, :GIVEN]
-    for _ in roll_out(net, given, c, GIVEN + 4, seed=0):
-        pass
-    began = time.perf_counter()
-    new = len(list(roll_out(counted, given, c, frames, seed=0)))
-    return counted.passes / new, 1000 * (time.perf_counter() - began) / new
 
 
 def minutes_of(run, flags=()):
@@ -181,30 +178,68 @@ def measure(args):
     print(thirds_table(read_rows(args.file)))
 
 
+def time_runs(args, frames=32):
+    """Time a new frame of one video with each run in turn, ROUNDS times; keep the shortest.
+
+    Writes passes, forward passes of a new frame (guidance counts as two), and milliseconds.
+    """
+    samplers = {run: load_sampled(run) for run in args.runs}
+    shortest = dict.fromkeys(args.runs, float("inf"))
+    passes = {}
+    for _ in tqdm(range(ROUNDS), "rounds", dynamic_ncols=True):
+        for run, (net, roll_out) in samplers.items():
+            counted = Counted(net)
+            clip = Sprites(net.run["size"], GIVEN, 0, "test", net.run["objects"])
+            truth, c = default_collate([clip[0]])
+            began = time.perf_counter()
+            new = len(list(roll_out(counted, truth, c, frames, seed=0)))
+            milliseconds = 1000 * (time.perf_counter() - began) / new
+            shortest[run] = min(shortest[run], milliseconds)
+            passes[run] = counted.passes / new
+
+    rows = read_rows(args.file)
+    for run in args.runs:
+        name, seed = split_name(run)
+        if seed not in rows.get(name, {}):
+            raise ValueError(f"{args.file} has no {run}; evidence.py measure writes it")
+        cost = {"passes": round(passes[run], 2), "milliseconds": round(shortest[run], 1)}
+        rows[name][seed] |= cost
+    write_json(args.file, rows)
+    print(costs_table({name: rows[name] for name, _ in map(split_name, args.runs)}))
+
+
+def baseline_videos(test, count):
+    """{name: videos (count, T, 3, size, size)} of what needs no model."""
+    frame = torch.arange(test.frames)
+    videos = {"truth": [], "copy": [], "straight": []}
+    for i in range(count):
+        colour, shape, at = test.scene(i)
+        truth, _ = test[i]
+        straight = at[:1] + frame[:, None, None] * (at[1] - at[0])
+        videos["truth"].append(truth)
+        videos["copy"].append(truth[frame.clamp(max=GIVEN - 1)])
+        videos["straight"] += paint(
+            straight[None], shape[None, None], colour[None, None], test.size
+        )
+    return {name: torch.stack(clips) for name, clips in videos.items()}
+
+
 def baselines(args):
     """Score the truth, the last given frame repeated, and the given motion without bounces."""
     test = Sprites(args.size, args.frames, 0, "test")
-    time = torch.arange(args.frames)[:, None, None]
-    videos = {"truth": [], "copy": [], "straight": []}
-    for i in range(args.videos):
-        colour, shape, at = test.scene(i)
-        truth = test[i][0]
-        straight = at[:1] + time * (at[1] - at[0])
-        videos["truth"].append(truth)
-        videos["copy"].append(truth[(time[:, 0, 0]).clamp(max=GIVEN - 1)])
-        videos["straight"].append(
-            paint(straight[None], shape[None, None], colour[None, None], args.size)[0]
-        )
-
     captions = [test.caption(i) for i in range(args.videos)]
     rows = read_rows(args.file)
-    for name, made in videos.items():
-        scores = measure_video(torch.stack(made), captions)
-        cost = dict.fromkeys(("minutes", "teacher_minutes", "passes", "milliseconds"), 0)
-        measured = {"videos": args.videos, "frames": rounded(scores.nanmean(0))}
-        rows[name] = {"0": measured | {"errors": rounded(standard_errors(scores))} | cost}
+    for name, made in baseline_videos(test, args.videos).items():
+        scores = measure_video(made, captions)
+        rows[name] = {
+            "0": {
+                "videos": args.videos,
+                "frames": rounded(scores.nanmean(0)),
+                "errors": rounded(standard_errors(scores)),
+            }
+        }
     write_json(args.file, rows)
-    print(thirds_table({name: rows[name] for name in videos}))
+    print(thirds_table(rows))
 
 
 def split_name(run):
@@ -387,6 +422,10 @@ def parse(argv):
     add("--videos", type=positive_int, default=64, help="default: %(default)s")
     add("--true-history", action="store_true", help="predict each frame from true ones, too")
 
+    add = commands.add_parser("time", help="time a new frame of measured runs").add_argument
+    add("file", type=Path, help="results/NAME.json")
+    add("runs", type=Path, nargs="+", help="measured runs")
+
     add = commands.add_parser("baselines", help="score what needs no model").add_argument
     add("file", type=Path, help="results/NAME.json")
     add("--frames", type=bounded_int(GIVEN + 1, 10**6), default=100, help="default: %(default)s")
@@ -406,7 +445,13 @@ def parse(argv):
 
 def main(argv):
     args = parse(argv)
-    commands = {"measure": measure, "baselines": baselines, "strip": strip, "tables": tables}
+    commands = {
+        "measure": measure,
+        "time": time_runs,
+        "baselines": baselines,
+        "strip": strip,
+        "tables": tables,
+    }
     commands[args.command](args)
 
 

@@ -91,7 +91,9 @@ def draw_curves(plt, rows, styles, path, width):
 def draw_shift(plt, rows, path):
     """Scores of the last third against s, with standard errors over the videos."""
     figure, axis = plt.subplots(figsize=(5, 3.2))
-    points = sorted((float(name.removeprefix("s-")), name) for name in rows)
+    points = sorted(
+        (float(name.removeprefix("s-")), name) for name in rows if name.startswith("s-")
+    )
     for (metric, column), marker in zip(COLUMNS.items(), "os^"):
         means, errors = zip(*(means_and_errors(rows[name]) for _, name in points))
         axis.errorbar(

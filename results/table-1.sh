@@ -25,10 +25,13 @@ rival error-bank warm
 rival recycle warm
 
 # distilled from the teacher
-student="--teacher $runs/real-$seed --lr 5e-4 --fake-lr 5e-4 --ema 0.99"
+student="--teacher $runs/real-$seed --lr 2e-4 --fake-lr 2e-4 --ema 0.99"
 rival causvid warm $student
 rival self-forcing warm $student
 rival longlive self-forcing $student
 
+python results/evidence.py baselines results/table-1.json
 python results/evidence.py measure results/table-1.json --true-history $runs/{nova,pyramid-flow,parallel,ours}-$seed
-python results/evidence.py measure results/table-1.json $runs/{ours-routed,skyreels,magi,error-bank,recycle,causvid,self-forcing,longlive}-$seed
+others=$(echo $runs/{ours-routed,skyreels,magi,error-bank,recycle,causvid,self-forcing,longlive}-$seed)
+python results/evidence.py measure results/table-1.json $others
+python results/evidence.py time results/table-1.json $runs/{nova,pyramid-flow,parallel,ours}-$seed $others
