@@ -56,18 +56,20 @@ def motion_weight(history, amount, reach=4):
 
     history (B, N - 1, C, height, width). The weight of a pixel of frame i is
     (1 + amount m / mean(m)) / (1 + amount), where m is the largest change within `reach` pixels
-    from frame i - 2 to frame i - 1 of the history, and mean(m) that of the clip; it is 1 in the
-    first two frames. It depends only
-    on what the network sees, so that the minimizer of the loss, the mean of v, stays where it is.
-    Weighing by the change to frame i itself would favour change: the model then paints copies of
-    what moves.
+    from frame i - 2 to frame i - 1 of the history, and the mean is that of the clip. It is 1 in the
+    first two frames, and in a clip that stands still.
+
+    The weight depends only on what the network sees, so that the minimizer of the loss, the mean of
+    v, stays where it is. Weighing by the change to frame i itself would favour change: the model
+    then paints copies of what moves.
     """
     if history.shape[1] < 2:
         return history.new_ones(1)
     change = (history[:, 1:] - history[:, :-1]).abs().mean(2)  # (B, N - 2, height, width)
     change = F.max_pool2d(change, 2 * reach + 1, stride=1, padding=reach)
-    mean = change.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
-    weight = (1 + amount * change / mean) / (1 + amount)
+    mean = change.mean((1, 2, 3), keepdim=True)
+    relative = torch.where(mean > 1e-6, change / mean.clamp(min=1e-6), 1.0)
+    weight = (1 + amount * relative) / (1 + amount)
     return F.pad(weight, (0, 0, 0, 0, 2, 0), value=1.0)[:, :, None]
 
 
