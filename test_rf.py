@@ -4783,7 +4783,8 @@ scripts = [i for i, word in enumerate(argv) if word.endswith(".py")]
 flags = argv[scripts[0] + 1 :]
 script = argv[scripts[0]]
 key = "encode" if "encode" in flags else script
-if "--dry-run" not in flags and "--table" not in flags:
+short = ["--dry-run", "--table", "time", "strip", "tables"]  # as they are
+if not set(short) & set(flags):
     flags += shlex.split({cuts!r}[key])
 if "--eval" in flags or "--compare" in flags:
     flags += ["--videos", "2"]
