@@ -4717,9 +4717,9 @@ def test_the_readme_is_short():
 
 
 def test_algorithm_1_in_the_readme_is_the_code():
-    block = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    block = re.search(r"^Algorithm 1.*?```\n(.*?)```", README, re.S | re.M)[1]
     code = (HERE / "rf.py").read_text() + (HERE / "train.py").read_text()
-    lines = [line.split("  #")[0].split("...")[0].strip() for line in block.splitlines()]
+    lines = [re.match(r"[\d-]+ +(.*?)(\.\.\.|  |$)", line)[1] for line in block.splitlines()]
     assert len(lines) == 8
     for line in lines:
         assert line in code, line
