@@ -20,7 +20,7 @@ rival() {  # rival METHOD INIT FLAGS...
     row $runs/$1-$seed python results/rivals.py $1 --seed $seed --init $runs/$2-$seed --steps 1800 "${@:3}"
 }
 rival skyreels warm
-rival magi warm --time-shift 10  # the levels of its rollout
+rival magi warm
 rival error-bank warm
 rival recycle warm
 
