@@ -1160,9 +1160,10 @@ def record_settings(paths, settings):
 
 
 def write_comparison(path, videos, fps):
-    """Write path.gif, and path.png with time from left to right: a row for each name.
+    """Write path.gif with a frame counter, and path.png with time from left to right.
 
-    videos: {name: (B, T, C, height, width)} in [-1, 1]; shorter ones are padded with white.
+    A row for each name. videos: {name: (B, T, C, height, width)} in [-1, 1]; shorter ones are
+    padded with white.
     """
     longest = max(video.shape[1] for video in videos.values())
     rows = torch.stack([pad_time(video, longest) for video in videos.values()])  # (rows, B, T, ...)
@@ -1177,9 +1178,11 @@ def write_comparison(path, videos, fps):
     height = frames.shape[1] // len(rows)
     names = np.concatenate([draw_text(name, height) for name in videos])
     names = np.broadcast_to(names, (len(frames), *names.shape))
+    page = np.concatenate([names, frames], axis=2)
+    counter = np.stack([draw_text(f"frame {n}", 20, page.shape[2]) for n in range(len(page))])
 
     with writer(path.with_suffix(".gif"), fps) as out:
-        out(np.concatenate([names, frames], axis=2))
+        out(np.concatenate([counter, page], axis=1))
     strips = rearrange(rows, "r b t c h w -> (b r) t c h w")
     labels = [*videos] * rows.shape[1]
     write_picture(path.with_suffix(".png"), contact_sheet(strips, 16, labels))
@@ -1194,7 +1197,8 @@ def contact_sheet(rows, columns, labels=(), height=64):
     """Draw videos below one another, time from left to right: (height, width, 3) uint8.
 
     rows: videos (T, 3, height, width) in [-1, 1], of which `columns` frames are drawn, `height`
-    pixels high or a little more. labels: texts on their left.
+    pixels high or a little more. labels: texts on their left; then the frames' numbers stand above,
+    if all videos are of one length.
     """
     strips = []
     for video, label in zip_longest(rows, labels, fillvalue=""):
@@ -1203,6 +1207,9 @@ def contact_sheet(rows, columns, labels=(), height=64):
         frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
         strip = rearrange(frames, "t h w c -> h (t w) c")
         if any(labels):
+            if not strips and len({len(row) for row in rows}) == 1:
+                numbers = [draw_text(str(n), 16, frames.shape[2]) for n in chosen.tolist()]
+                strips.append(np.concatenate([draw_text("frame", 16), *numbers], axis=1))
             strip = np.concatenate([draw_text(label, len(strip)), strip], axis=1)
         strips.append(strip)
     return np.concatenate(strips)

@@ -4122,6 +4122,8 @@ def test_a_comparison_has_a_row_for_each_name_and_pads_with_white(tmp_path):
     videos = {"long": long, "short": -torch.ones(2, 1, 3, 8, 8)}
     sample.write_comparison(tmp_path / "two", videos, 8)
     gif = iio.imread(tmp_path / "two.gif")[..., :3]  # (T, height, width, 3)
+    assert (gif[0, :20] != gif[1, :20]).any(), "a frame counter is above"
+    gif = gif[:, 20:]
     half = gif.shape[1] // 2
     inside = np.s_[10 : half - 10, 106:150]  # of the first video, right of its label
     assert len(gif) == 3
@@ -4137,7 +4139,9 @@ def test_a_contact_sheet_shows_time_from_left_to_right():
     sheet = sample.contact_sheet([video, video], columns=3, height=16)
     assert sheet.shape == (36, 54, 3), "two rows of three frames of 16 pixels, framed by one"
     assert [int(sheet[8, x, 0]) for x in (8, 26, 44)] == [0, 128, 255]
-    assert sample.contact_sheet([video], 3, ["red"], 16).shape == (18, 54 + 96, 3)
+    assert sample.contact_sheet([video], 3, ["red"], 16).shape == (16 + 18, 54 + 96, 3), "numbers"
+    shorter = sample.contact_sheet([video, video[:2]], 2, ["red", "blue"], 16)
+    assert shorter.shape == (36, 36 + 96, 3), "none where the frames differ"
 
 
 # routing
@@ -4543,6 +4547,40 @@ def test_the_tables_are_means_and_errors_over_the_seeds():
     assert "| b | 50.0 ± 2.0 | 5.5 ± 1.0 | 100.0 ± 3.0 | 50 / 10 / 100 |" in (
         evidence.overall_table(measured_rows())
     )
+
+    rows = measured_rows()
+    rows["b"]["0"]["true_history"] = [[2.0 * z for z in row] for row in rows["b"]["0"]["frames"]]
+    wanted = "| b | 100 / 3 / 200 | 50 / 2 / 100 | 100 / 19 / 200 | 50 / 10 / 100 | 50 / 10 / 100 |"
+    assert evidence.bias_table({"b": rows["b"]}).splitlines()[2] == wanted
+
+
+def test_a_table_shows_the_named_rows_under_their_labels(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text(json.dumps(measured_rows()))
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    page = evidence.redraw("<!-- overall x: b=second a -->\nold\n<!-- end -->\nrest")
+    names = [line.split("|")[1].strip() for line in page.splitlines()[3:5]]
+    assert names == ["second", "a"]
+    assert page.endswith("<!-- end -->\nrest") and "old" not in page
+
+
+def test_a_run_is_measured_again_if_its_weights_are_others(random_run, tmp_path):
+    run = tmp_path / "a-0"
+    shutil.copytree(random_run, run)
+    measure = f"measure {tmp_path}/x.json {run} --frames 4 --videos 2".split()
+    evidence.main(measure)
+    [first] = evidence.read_rows(tmp_path / "x.json")["a"].values()
+    shutil.rmtree(run / "samples")
+    evidence.main(measure)
+    assert not (run / "samples").exists(), "measured before"
+
+    state = torch.load(run / "ckpt.pt", weights_only=True)
+    state["ema"] = {name: 1.1 * weight for name, weight in state["ema"].items()}
+    torch.save(state, run / "ckpt.pt")
+    evidence.main(measure)
+    [second] = evidence.read_rows(tmp_path / "x.json")["a"].values()
+    assert first["weights"] != second["weights"] and (run / "samples").exists()
+    with pytest.raises(ValueError, match="holds runs of 4 frames; --frames 5 needs another file"):
+        evidence.main([*measure, "--frames", "5"])
 
 
 def test_the_tables_of_the_pages_are_drawn_from_the_numbers():

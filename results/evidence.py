@@ -7,17 +7,19 @@
   python results/evidence.py tables
 
 measure    continue held-out clips with each run's own sampler, and write the scores of every frame
-           into a JSON file, by the run's name, NAME-SEED. A run that is there is skipped, so that
-           a killed command goes on
+           into a JSON file, by the run's name, NAME-SEED. A run whose weights were measured before
+           is skipped, so that a killed command goes on; other weights of that name replace it
 time       add what a new frame costs, all runs in turn in one process
 baselines  score the truth, a copy of the last given frame, and sprites that go straight on
 strip      draw a clip of each measured run below one another
 tables     rewrite what stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and
-           results/README.md from results/FILE.json. KIND is one of TABLES; without NAMES all rows
+           results/README.md from results/FILE.json. KIND is one of TABLES. NAMES are the rows, all
+           if left out; NAME=LABEL shows another name
 
 The JSON is {name: {seed: measured}}; see `measure_run`. T frames.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -57,7 +59,7 @@ COLUMNS = {"Temporal": 1, "Visual": 0, "Text": 2}  # of data.measure's scores
 RESULTS = Path(__file__).resolve().parent
 PAGES = (RESULTS.parent / "README.md", RESULTS / "README.md")
 MARKED = re.compile(
-    r"(?P<mark><!-- (?P<kind>\w+) (?P<file>[\w-]+)(: (?P<rows>[\w. -]+?))? -->)"
+    r"(?P<mark><!-- (?P<kind>\w+) (?P<file>[\w-]+)(: (?P<rows>[\w. =-]+?))? -->)"
     r"\n.*?<!-- end -->",
     re.DOTALL,
 )
@@ -97,10 +99,10 @@ def load_sampled(run):
 def measure_run(run, frames, videos, true_history):
     """Continue held-out clips by the run's own sampler, from GIVEN true frames.
 
-    Returns a dictionary: frames (T, 3), the scores of each frame, mean over the videos; errors
-    (4, 3), the standard errors over the videos of the three thirds and of the whole; true_history
-    (T, 3) or None, each frame predicted from true ones; minutes of training, without those of the
-    warm-up. Keeps the first clips in the run's samples/ for `strip`.
+    Returns a dictionary: weights, their fingerprint; frames (T, 3), the scores of each frame, mean
+    over the videos; errors (4, 3), the standard errors over the videos of the three thirds and of
+    the whole; true_history (T, 3) or None, each frame predicted from true ones; minutes of
+    training, without those of the warm-up. Keeps the first clips in the run's samples/ for `strip`.
     """
     net, roll_out = load_sampled(run)
     flags = net.run
@@ -122,6 +124,7 @@ def measure_run(run, frames, videos, true_history):
         _, _, on_truth = evaluate(net, frames, videos, *sampler, true_history=True)
 
     return {
+        "weights": fingerprint(net),
         "videos": videos,
         "frames": rounded(scores.nanmean(0)),
         "errors": rounded(standard_errors(scores)),
@@ -129,6 +132,12 @@ def measure_run(run, frames, videos, true_history):
         "minutes": minutes_of(run, flags),
         "teacher_minutes": minutes_of(flags["teacher"]) if flags.get("teacher") else 0,
     }
+
+
+def fingerprint(net):
+    """Hash of a network's weights, twelve digits."""
+    content = b"".join(weight.numpy().tobytes() for weight in net.state_dict().values())
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def rounded(scores):
@@ -169,7 +178,15 @@ def minutes_of(run, flags=()):
 def measure(args):
     for run in args.runs:
         name, seed = split_name(run)
-        if seed in read_rows(args.file).get(name, {}):
+        rows = read_rows(args.file)
+        lengths = {len(known["frames"]) for seeds in rows.values() for known in seeds.values()}
+        if lengths - {args.frames}:
+            raise ValueError(
+                f"{args.file} holds runs of {max(lengths)} frames; --frames {args.frames} needs"
+                " another file"
+            )
+        known = rows.get(name, {}).get(seed, {})
+        if known.get("weights") == fingerprint(load_run(run)):
             continue
         measured = measure_run(run, args.frames, args.videos, args.true_history)
         rows = read_rows(args.file)  # another process may have added a run
@@ -271,8 +288,12 @@ def read_rows(path):
 
 def scores_of(seeds):
     """The scores (seeds, T, 3) of {seed: measured}."""
-    lists = [measured["frames"] for measured in seeds.values()]
-    return torch.tensor([[[np.nan if z is None else z for z in row] for row in s] for s in lists])
+    return torch.stack([unrounded(measured["frames"]) for measured in seeds.values()])
+
+
+def unrounded(rows):
+    """A tensor of what `rounded` made: None is nan."""
+    return torch.tensor([[np.nan if z is None else z for z in row] for row in rows])
 
 
 def means_and_errors(seeds):
@@ -284,7 +305,7 @@ def means_and_errors(seeds):
     parts = [scores[:, start:end].nanmean(1) for start, end in third_edges(scores.shape[1])]
     means = torch.stack([part.mean(0) for part in parts])
     if len(seeds) == 1:
-        return means, torch.tensor(next(iter(seeds.values()))["errors"])
+        return means, unrounded(next(iter(seeds.values()))["errors"])
     return means, torch.stack([standard_error(part) for part in parts])
 
 
@@ -339,17 +360,17 @@ def costs_table(rows):
 
 
 def bias_table(rows):
-    """All frames on true and on own history, the last third on its own, and what it lost."""
+    """The first and the last third on true and on own history, and the difference of the last."""
     lines = [
-        "| | true history | own history | own, last third | lost |",
-        "|---|---|---|---|---|",
+        "| | first third, true history | own | last third, true history | own | lost |",
+        "|---|---|---|---|---|---|",
     ]
     order = list(COLUMNS.values())
     for name, seeds in rows.items():
         on_truth = {seed: m | {"frames": m["true_history"]} for seed, m in seeds.items()}
-        true = means_and_errors(on_truth)[0][3, order]
+        true = means_and_errors(on_truth)[0][:, order]
         own = means_and_errors(seeds)[0][:, order]
-        columns = [true, own[3], own[2], true - own[2]]
+        columns = [true[0], own[0], true[2], own[2], true[2] - own[2]]
         cells = [" / ".join(f"{z:.0f}" for z in column) for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -381,10 +402,11 @@ def redraw(text):
     def draw(match):
         rows = read_rows(RESULTS / f"{match['file']}.json")
         chosen = match["rows"].split() if match["rows"] else list(rows)
-        missing = [name for name in chosen if name not in rows]
+        labels = dict(name.split("=") if "=" in name else (name, name) for name in chosen)
+        missing = [name for name in labels if name not in rows]
         if missing or not chosen:
             raise ValueError(f"results/{match['file']}.json has no row {' '.join(missing)}")
-        table = TABLES[match["kind"]]({name: rows[name] for name in chosen})
+        table = TABLES[match["kind"]]({label: rows[name] for name, label in labels.items()})
         return f"{match['mark']}\n{table}\n<!-- end -->"
 
     return MARKED.sub(draw, text)
@@ -408,7 +430,10 @@ def strip(args):
         rows.setdefault("truth", clips["truth"][args.clip])
         rows[split_name(run)[0]] = clips["made"][args.clip]
     videos = [torch.from_numpy(video).float() for video in rows.values()]
-    write_picture(args.picture, contact_sheet(videos, args.columns, list(rows)))
+    labels = ["truth", *args.labels] if args.labels else list(rows)
+    if len(labels) != len(videos):
+        raise ValueError(f"{len(labels) - 1} --labels for {len(videos) - 1} runs")
+    write_picture(args.picture, contact_sheet(videos, args.columns, labels))
 
 
 # fmt: off
@@ -437,6 +462,7 @@ def parse(argv):
     add("runs", type=Path, nargs="+", help="measured runs")
     add("--clip", type=bounded_int(0, KEPT - 1), default=0, help="default: %(default)s")
     add("--columns", type=positive_int, default=12, help="frames drawn (default: %(default)s)")
+    add("--labels", nargs="+", help="names of the rows (default: the runs')")
 
     commands.add_parser("tables", help="rewrite the tables of the two README files")
     return parser.parse_args(argv)

@@ -21,11 +21,15 @@ from sample import new_parser, run_main
 
 TRAINED = 10  # frames of a training clip
 SMOOTH = 5
-HISTORIES = {  # row of table-1.json: label, colour, line width
-    "nova": ("teacher forcing", "#d62728", 1.4),
-    "pyramid-flow": ("noise", "#ff9f0e", 1.4),
-    "parallel": ("parallel resampling", "#3a76c4", 1.4),
-    "ours": ("resampling forcing", "#157f3b", 2.4),
+HISTORIES = {  # row of table-1.json: label, colour, marker, line width
+    "nova": ("teacher forcing", "#d62728", "s", 1.4),
+    "pyramid-flow": ("noise", "#d68a00", "^", 1.4),
+    "parallel": ("parallel resampling", "#3a76c4", "D", 1.4),
+    "ours": ("resampling forcing", "#157f3b", "o", 2.4),
+}
+MODELS = {  # row of long.json
+    "teacher": HISTORIES["nova"],
+    "resample": HISTORIES["ours"],
 }
 BASELINES = {"copy": ("last frame, copied", ":"), "straight": ("straight line", (0, (1, 3)))}
 
@@ -39,53 +43,47 @@ def smooth(curve, width):
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def label_ends(axis, ends, x):
-    """Write each label at the right end of its line, moved apart where two would overlap."""
-    last = -np.inf
-    for y, text, colour in sorted(ends):
-        last = max(y, last + 6)
-        axis.annotate(text, (x, last), xytext=(4, 0), textcoords="offset points",
-                      color=colour, fontsize=8, va="center", annotation_clip=False)  # fmt: skip
-
-
 def draw_curves(plt, rows, styles, path, width):
     """One panel for each metric: score against frame."""
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 3.4), sharey=True)
-    figure.subplots_adjust(wspace=0.48)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
     for axis, (metric, column) in zip(axes, COLUMNS.items()):
-        ends = []
-        for name, (label, colour, thickness) in styles.items():
-            if name not in rows:
-                continue
-            curves = [smooth(scores[:, column].numpy(), width) for scores in scores_of(rows[name])]
-            mean, spread = np.mean(curves, 0), np.std(curves, 0)
-            x = np.arange(len(mean))
-            axis.plot(x, mean, color=colour, linewidth=thickness)
-            axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-            ends.append((mean[-1], label, colour))
-
-            true = {n: m | {"frames": m["true_history"]} for n, m in rows[name].items()
-                    if m.get("true_history")}  # fmt: skip
-            if true:
-                curve = smooth(scores_of(true).nanmean(0)[:, column].numpy(), width)
-                axis.plot(x, curve, color=colour, linewidth=0.9, linestyle="--")
-
+        for name, (label, colour, marker, thickness) in styles.items():
+            style = {"color": colour, "linewidth": thickness, "label": label}
+            draw_row(axis, rows[name], column, width, style, marker)
         for name, (label, dashes) in BASELINES.items():
-            if name in rows:
-                curve = smooth(scores_of(rows[name])[0, :, column].numpy(), width)
-                axis.plot(curve, color="#555555", linewidth=1, linestyle=dashes)
-                ends.append((curve[-1], label, "#555555"))
+            curve = smooth(scores_of(rows[name])[0, :, column].numpy(), width)
+            axis.plot(curve, color="#555555", linewidth=1, linestyle=dashes, label=label)
 
         axis.axvline(TRAINED, color="#999999", linewidth=0.8)
         axis.set_title(metric, loc="left", fontsize=11)
         axis.set_xlabel("frame")
-        axis.set_xlim(0, len(mean) - 1)
+        axis.set_xlim(0, len(curve) - 1)
         axis.set_ylim(0, 102)
         axis.spines[["top", "right"]].set_visible(False)
-        label_ends(axis, ends, len(mean) - 1)
         axis.tick_params(labelleft=True)
-    axes[0].text(TRAINED, 3, " end of training clips", fontsize=8, color="#777777")
+    axes[0].text(TRAINED, 9, " training clips end", fontsize=8, color="#777777")
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98),
+                  ncols=len(lines), frameon=False, fontsize=9)  # fmt: skip
     save(figure, path)
+
+
+def draw_row(axis, seeds, column, width, style, marker):
+    """Mean over the seeds with its band, and dashed the same on true history, if measured."""
+    curves = [smooth(scores[:, column].numpy(), width) for scores in scores_of(seeds)]
+    mean, spread = np.mean(curves, 0), np.std(curves, 0)
+    x = np.arange(len(mean))
+    axis.plot(x, mean, marker=marker, markersize=5, markevery=len(x) // 5, **style)
+    axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
+
+    on_truth = {
+        seed: measured | {"frames": measured["true_history"]}
+        for seed, measured in seeds.items()
+        if measured.get("true_history")
+    }
+    if on_truth:
+        curve = smooth(scores_of(on_truth).nanmean(0)[:, column].numpy(), width)
+        axis.plot(x, curve, color=style["color"], linewidth=0.9, linestyle="--")
 
 
 def draw_shift(plt, rows, path):
@@ -130,11 +128,7 @@ def main(argv):
         raise ValueError("plot.py needs `pip install matplotlib`") from None
 
     draw_curves(plt, read_rows(RESULTS / "table-1.json"), HISTORIES, out / "drift.png", SMOOTH)
-    models = {
-        "teacher": ("teacher forcing", "#d62728", 1.4),
-        "resample": ("resampling forcing", "#157f3b", 2.4),
-    }
-    draw_curves(plt, read_rows(RESULTS / "long.json"), models, out / "long.png", 9 * SMOOTH)
+    draw_curves(plt, read_rows(RESULTS / "long.json"), MODELS, out / "long.png", 9 * SMOOTH)
     draw_shift(plt, read_rows(RESULTS / "fig-6.json"), out / "fig-6.png")
 
 
