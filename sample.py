@@ -575,7 +575,7 @@ def check(args, model):
             f"--frames {args.frames} is not divisible by {chunk}, the chunk; "
             f"{round_up(args.frames, chunk)} would work"
         )
-    if measured and args.frames < (GIVEN + 1) * chunk:
+    if measured and not args.from_nothing and args.frames < (GIVEN + 1) * chunk:
         raise ValueError(
             f"--frames {args.frames}: the first two frames of {chunk} are given; "
             f"{(GIVEN + 1) * chunk} or more would work"

@@ -3981,6 +3981,16 @@ def test_eval_from_nothing_gives_no_frame():
     assert not (made == truth).flatten(1).all(1).any() and scores[:, 0, 2].isfinite().all()
 
 
+def test_a_bidirectional_model_is_evaluated_from_nothing(tmp_path, capsys):
+    """Its one chunk is the whole clip, so that none of it can be given."""
+    run = make_run(tmp_path / "run", {"chunk": 4})
+    flags = ["--eval", "--checkpoint", str(run), "--frames", "4", "--videos", "2"]
+    with pytest.raises(ValueError, match="the first two frames of 4 are given; 12 or more"):
+        sample.main(flags)
+    sample.main([*flags, "--from-nothing"])
+    assert "4 frames, the first 0 given" in capsys.readouterr().out
+
+
 def test_each_kind_of_history_has_its_own_scores(random_run):
     names = []
     for flags in ([], ["--true-history"], ["--from-nothing"]):
@@ -4039,7 +4049,7 @@ def test_evaluations_are_written_compared_and_gathered(random_run, tmp_path, cap
     out = capsys.readouterr().out
     assert out.count("2 held-out videos, 9 frames, the first 2 given, window 3, 1 steps\n") == 2
     assert iio.imread(tmp_path / "both.gif").shape[0] == 9 and (tmp_path / "both.png").exists()
-    sheet = iio.imread(tmp_path / "both.png")[:, 96:]  # right of the labels
+    sheet = iio.imread(tmp_path / "both.png")[16:, 96:]  # below the numbers, right of the labels
     truth, one, other = np.split(sheet, 6)[:3]
     assert (one == other).all() and (truth != one).any(), "two runs of one model, below the truth"
     saved = json.loads((tmp_path / "toy-1/samples/eval.json").read_text())
@@ -4552,6 +4562,12 @@ def test_the_tables_are_means_and_errors_over_the_seeds():
     rows["b"]["0"]["true_history"] = [[2.0 * z for z in row] for row in rows["b"]["0"]["frames"]]
     wanted = "| b | 100 / 3 / 200 | 50 / 2 / 100 | 100 / 19 / 200 | 50 / 10 / 100 | 50 / 10 / 100 |"
     assert evidence.bias_table({"b": rows["b"]}).splitlines()[2] == wanted
+
+    rows["b"]["1"] = rows["a"]["1"] | {
+        "frames": [[z - 2 for z in f] for f in rows["a"]["1"]["frames"]]
+    }
+    wanted = "| b | +1.0 ± 1.0 | +1.0 ± 1.0 | +1.0 ± 1.0 |"
+    assert evidence.lead_table({"b": rows["b"], "a": rows["a"]}).splitlines()[2] == wanted
 
 
 def test_a_table_shows_the_named_rows_under_their_labels(tmp_path, monkeypatch):

@@ -376,6 +376,27 @@ def bias_table(rows):
     return "\n".join(lines)
 
 
+def lead_table(rows):
+    """The last third of the last row minus that of each other row, seed by seed: mean ± error.
+
+    Runs of one seed share their warm-up, clips and noise, so that much of the spread over the seeds
+    cancels.
+    """
+    lines = ["| | *Temporal* | *Visual* | *Text* |", "|---|---|---|---|"]
+    *others, leader = rows
+    last = {
+        name: {seed: means_and_errors({seed: measured})[0][2] for seed, measured in seeds.items()}
+        for name, seeds in rows.items()
+    }
+    for name in others:
+        seeds = sorted(last[name].keys() & last[leader].keys())
+        lead = torch.stack([last[leader][seed] - last[name][seed] for seed in seeds])
+        mean, error = lead.mean(0), standard_error(lead)
+        cells = [f"{mean[i]:+.1f} ± {error[i]:.1f}" for i in COLUMNS.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def hundreds_table(rows):
     """Temporal / Visual / Text of every hundred frames."""
     lines = [f"| frames | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
@@ -392,6 +413,7 @@ TABLES = {
     "overall": overall_table,
     "costs": costs_table,
     "bias": bias_table,
+    "lead": lead_table,
     "hundreds": hundreds_table,
 }
 
