@@ -9,7 +9,7 @@ mkdir -p $runs
 more="$train --seed $seed --init $table_1/warm-$seed --warmup 0 --steps 1800 --lr 5e-3 --muon-lr 0.015"
 [ -e $runs/s-0.6-$seed ] || cp -r $table_1/ours-$seed $runs/s-0.6-$seed
 for s in 0.1 0.3 1 3; do row $runs/s-$s-$seed $more --shift $s; done
-for steps in 2 4; do row $runs/steps-$steps-$seed $more --resample-steps $steps; done
+row $runs/steps-2-$seed $more --resample-steps 2
 row $runs/share-0.5-$seed $more --resample-share 0.5
 
 python results/evidence.py measure results/fig-6.json $runs/*-$seed
