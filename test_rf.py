@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import av
@@ -4388,7 +4388,7 @@ def test_the_pipeline_finishes_a_frame_a_pass():
 
     frames = list(rivals.magi_rollout(called, given, c, frames=16, seed=0))
     assert len(frames) == 14 and len(net.calls) == 14 + rivals.STEPS - 1
-    times = rivals.solver_times()
+    times = rivals.solver_times(time_shift=rivals.PIPELINE_SHIFT)
     x, t, history, history_t, first = net.calls[8]
     assert x.shape[1] == rivals.STEPS and torch.equal(t[0], times[:-1].flip(0))
     assert history.shape[1] == first + rivals.STEPS - 1 == 9
@@ -4408,7 +4408,8 @@ def test_the_pipelines_frames_are_a_rollouts_where_history_does_not_matter():
     generator = torch.Generator().manual_seed(0)
     noise = torch.cat([torch.randn(2, 1, 3, 4, 4, generator=generator) for _ in range(7)], 1)
     x = noise
-    for now, after in zip(rivals.solver_times(), rivals.solver_times()[1:]):
+    times = rivals.solver_times(time_shift=rivals.PIPELINE_SHIFT)
+    for now, after in pairwise(times):
         x = x + (after - now) * x.tanh() * now
     assert close(made, x, 1e-6)
 

@@ -166,13 +166,13 @@ def minutes_of(run, flags=()):
     if "method" in flags:
         before = load_run(flags["init"]).run
         earlier = minutes_of(flags["init"], before) if "method" in before else 0
-        return round(flags["minutes"] + earlier, 3)
+        return round(flags["minutes"] + earlier, 6)
     log = Path(run) / "log.jsonl"
     if not log.is_file():
         return None
     entries = filter(None, map(read_entry, log.read_text().splitlines()))
     seconds = sum(e.get("seconds", 0) + e.get("data_seconds", 0) for e in entries)
-    return round(seconds / 60, 3)
+    return round(seconds / 60, 6)
 
 
 def measure(args):
