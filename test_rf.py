@@ -4490,6 +4490,14 @@ def test_a_rival_is_trained_and_measured(method, table_1, capsys):
     evidence.main(command)
     assert path.stat().st_mtime_ns == written, "a killed one goes on"
 
+    picture = f"strip {table_1}/strip.png {table_1}/{method}-0 --clip"
+    evidence.main(f"{picture} 1 --labels made".split())
+    assert (table_1 / "strip.png").exists()
+    with pytest.raises(ValueError, match="holds clips 0 to 1"):
+        evidence.main(f"{picture} 2".split())
+    with pytest.raises(ValueError, match="2 --labels for 1 runs"):
+        evidence.main(f"{picture} 1 --labels a b".split())
+
     evidence.main(f"time {path} {table_1}/{method}-0".split())
     row = json.loads(path.read_text())[method]["0"]
     passes = {"magi": 2 * 33 / 30} | dict.fromkeys(rivals.DISTILLED, 4)  # guidance doubles
@@ -4639,7 +4647,7 @@ def test_the_loss_by_noise_level_is_equation_4_at_that_level():
 def test_the_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     plot.main(["--out", str(tmp_path)])
-    for name in ("drift", "long", "fig-6"):
+    for name in ("drift", "rivals", "long", "fig-6"):
         picture = iio.imread(tmp_path / f"{name}.png")
         assert picture.std() > 10, name
 
@@ -4824,7 +4832,7 @@ CUTS = {
     "results/bench_attention.py": "--frames 3 --tokens 4 --batch 1 --repeats 1 --device cpu",
     "results/bench_video.py": "--files 2 --batch 2 --repeats 1",
     "results/rivals.py": "--steps 2",
-    "results/evidence.py": "--frames 12 --videos 2",
+    "results/evidence.py": "--frames 12 --videos 3",
     "results/plot.py": "",
 }
 
@@ -4864,7 +4872,8 @@ def newcomer(tmp_path_factory, wan_folder):
     for path in HERE.glob("*.py"):
         (folder / path.name).symlink_to(path)
     shutil.copytree(HERE / "results", folder / "results")  # a command writes into it
-    (folder / "results/table-1.json").unlink()  # otherwise there is nothing left to measure
+    for name in ("table-1", "health"):  # of other lengths than the shortened commands measure
+        (folder / f"results/{name}.json").unlink()
     (folder / "bin").mkdir()
     pytest.importorskip("matplotlib")
     shim = SHIM.format(python=sys.executable, cuts=CUTS)

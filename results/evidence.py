@@ -449,6 +449,10 @@ def strip(args):
         if not path.exists():
             raise ValueError(f"no {path}; evidence.py measure writes it")
         clips = np.load(path)
+        if args.clip >= len(clips["made"]):
+            raise ValueError(
+                f"--clip {args.clip}: {path} holds clips 0 to {len(clips['made']) - 1}"
+            )
         rows.setdefault("truth", clips["truth"][args.clip])
         rows[split_name(run)[0]] = clips["made"][args.clip]
     videos = [torch.from_numpy(video).float() for video in rows.values()]

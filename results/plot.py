@@ -1,8 +1,9 @@
 """Draw the curves of results/*.json: pip install matplotlib && python results/plot.py
 
-  drift.png  score against frame for the four histories of Table 2, from table-1.json
-  long.png   the same over 1,000 frames for the two models in results/, from long.json
-  fig-6.png  score against the timestep shift s of self-resampling, from fig-6.json
+  drift.png    score against frame for the four histories of Table 2, from table-1.json
+  rivals.png   the same for the nine rows of Table 1
+  long.png     the same over 1,000 frames for the two models in results/, from long.json
+  fig-6.png    score against the timestep shift s of self-resampling, from fig-6.json
 
 A solid line is the mean over the seeds, a band their standard deviation, and a dashed line the same
 models on true history: the distance between the two is exposure bias. Scores are averaged over
@@ -27,6 +28,17 @@ HISTORIES = {  # row of table-1.json: label, colour, marker, line width
     "parallel": ("parallel resampling", "#3a76c4", "D", 1.4),
     "ours": ("resampling forcing", "#157f3b", "o", 2.4),
 }
+RIVALS = {  # the nine rows of Table 1
+    "nova": ("nova", "#d62728", "s", 1.2),
+    "pyramid-flow": ("pyramid-flow", "#d68a00", "^", 1.2),
+    "skyreels": ("skyreels", "#8c564b", "v", 1.2),
+    "magi": ("magi", "#7f7f7f", "<", 1.2),
+    "causvid": ("causvid", "#e377c2", ">", 1.2),
+    "self-forcing": ("self-forcing", "#9467bd", "P", 1.2),
+    "longlive": ("longlive", "#3a76c4", "D", 1.2),
+    "ours-routed": ("ours-routed", "#2ca02c", "X", 2.0),
+    "ours": ("ours", "#157f3b", "o", 2.4),
+}
 MODELS = {  # row of long.json
     "teacher": HISTORIES["nova"],
     "resample": HISTORIES["ours"],
@@ -43,21 +55,21 @@ def smooth(curve, width):
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def draw_curves(plt, rows, styles, path, width):
+def draw_curves(plt, rows, styles, path, width, baselines=BASELINES, true_history=True):
     """One panel for each metric: score against frame."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
     for axis, (metric, column) in zip(axes, COLUMNS.items()):
         for name, (label, colour, marker, thickness) in styles.items():
             style = {"color": colour, "linewidth": thickness, "label": label}
-            draw_row(axis, rows[name], column, width, style, marker)
-        for name, (label, dashes) in BASELINES.items():
+            draw_row(axis, rows[name], column, width, style, marker, true_history)
+        for name, (label, dashes) in baselines.items():
             curve = smooth(scores_of(rows[name])[0, :, column].numpy(), width)
             axis.plot(curve, color="#555555", linewidth=1, linestyle=dashes, label=label)
 
         axis.axvline(TRAINED, color="#999999", linewidth=0.8)
         axis.set_title(metric, loc="left", fontsize=11)
         axis.set_xlabel("frame")
-        axis.set_xlim(0, len(curve) - 1)
+        axis.set_xlim(0, scores_of(rows[name]).shape[1] - 1)
         axis.set_ylim(0, 102)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelleft=True)
@@ -68,7 +80,7 @@ def draw_curves(plt, rows, styles, path, width):
     save(figure, path)
 
 
-def draw_row(axis, seeds, column, width, style, marker):
+def draw_row(axis, seeds, column, width, style, marker, true_history):
     """Mean over the seeds with its band, and dashed the same on true history, if measured."""
     curves = [smooth(scores[:, column].numpy(), width) for scores in scores_of(seeds)]
     mean, spread = np.mean(curves, 0), np.std(curves, 0)
@@ -79,7 +91,7 @@ def draw_row(axis, seeds, column, width, style, marker):
     on_truth = {
         seed: measured | {"frames": measured["true_history"]}
         for seed, measured in seeds.items()
-        if measured.get("true_history")
+        if true_history and measured.get("true_history")
     }
     if on_truth:
         curve = smooth(scores_of(on_truth).nanmean(0)[:, column].numpy(), width)
@@ -128,6 +140,9 @@ def main(argv):
         raise ValueError("plot.py needs `pip install matplotlib`") from None
 
     draw_curves(plt, read_rows(RESULTS / "table-1.json"), HISTORIES, out / "drift.png", SMOOTH)
+    draw_curves(
+        plt, read_rows(RESULTS / "table-1.json"), RIVALS, out / "rivals.png", SMOOTH, {}, False
+    )
     draw_curves(plt, read_rows(RESULTS / "long.json"), MODELS, out / "long.png", 9 * SMOOTH)
     draw_shift(plt, read_rows(RESULTS / "fig-6.json"), out / "fig-6.png")
 
