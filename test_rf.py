@@ -4386,9 +4386,10 @@ def test_the_pipeline_finishes_a_frame_a_pass():
         net.calls.append((x, t, history, history_t, first))
         return torch.zeros_like(x)
 
+    called.run = {"time_shift": 3.0}
     frames = list(rivals.magi_rollout(called, given, c, frames=16, seed=0))
     assert len(frames) == 14 and len(net.calls) == 14 + rivals.STEPS - 1
-    times = rivals.solver_times(time_shift=rivals.PIPELINE_SHIFT)
+    times = rivals.solver_times(time_shift=3.0)
     x, t, history, history_t, first = net.calls[8]
     assert x.shape[1] == rivals.STEPS and torch.equal(t[0], times[:-1].flip(0))
     assert history.shape[1] == first + rivals.STEPS - 1 == 9
@@ -4404,11 +4405,12 @@ def test_the_pipelines_frames_are_a_rollouts_where_history_does_not_matter():
     def alone(x, t, c, history=None, cache=None, first=0, history_t=None):
         return x.tanh() * t[..., None, None, None]
 
+    alone.run = {"time_shift": 3.0}
     made = torch.cat(list(rivals.magi_rollout(alone, torch.zeros(2, 2, 3, 4, 4), c, 9, 0)), 1)
     generator = torch.Generator().manual_seed(0)
     noise = torch.cat([torch.randn(2, 1, 3, 4, 4, generator=generator) for _ in range(7)], 1)
     x = noise
-    times = rivals.solver_times(time_shift=rivals.PIPELINE_SHIFT)
+    times = rivals.solver_times(time_shift=3.0)
     for now, after in pairwise(times):
         x = x + (after - now) * x.tanh() * now
     assert close(made, x, 1e-6)
@@ -4598,14 +4600,22 @@ def test_a_run_is_measured_again_if_its_weights_are_others(random_run, tmp_path)
     evidence.main(measure)
     assert not (run / "samples").exists(), "measured before"
 
+    for flags in (["--videos", "3"], ["--videos", "3", "--true-history"]):
+        evidence.main([*measure, *flags])
+    [more] = evidence.read_rows(tmp_path / "x.json")["a"].values()
+    assert more["videos"] == 3 and more["true_history"] and more["weights"] == first["weights"]
+    assert evidence.costs_table({"a": {"0": more}}).endswith("| a | 1 | - | - | - | - |")
+
+    shutil.rmtree(run / "samples")
     state = torch.load(run / "ckpt.pt", weights_only=True)
     state["ema"] = {name: 1.1 * weight for name, weight in state["ema"].items()}
     torch.save(state, run / "ckpt.pt")
     evidence.main(measure)
     [second] = evidence.read_rows(tmp_path / "x.json")["a"].values()
     assert first["weights"] != second["weights"] and (run / "samples").exists()
-    with pytest.raises(ValueError, match="holds runs of 4 frames; --frames 5 needs another file"):
-        evidence.main([*measure, "--frames", "5"])
+    for command in (measure, ["baselines", f"{tmp_path}/x.json", "--videos", "2"]):
+        with pytest.raises(ValueError, match="holds runs of 4 frames; --frames 5 needs another"):
+            evidence.main([*command, "--frames", "5"])
 
 
 def test_the_tables_of_the_pages_are_drawn_from_the_numbers():

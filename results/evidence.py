@@ -56,6 +56,7 @@ from sample import (
 from train import read_entry
 
 COLUMNS = {"Temporal": 1, "Visual": 0, "Text": 2}  # of data.measure's scores
+COSTS = {"minutes": 0, "teacher_minutes": 0, "passes": 2, "milliseconds": 1}  # and digits shown
 RESULTS = Path(__file__).resolve().parent
 PAGES = (RESULTS.parent / "README.md", RESULTS / "README.md")
 MARKED = re.compile(
@@ -76,6 +77,7 @@ class Counted:
     def __init__(self, net):
         self.net = net
         self.config = net.config
+        self.run = net.run
         self.cache = net.cache
         self.passes = 0
 
@@ -96,15 +98,14 @@ def load_sampled(run):
     return net, ROLLOUTS.get(net.run.get("method"), plain)
 
 
-def measure_run(run, frames, videos, true_history):
-    """Continue held-out clips by the run's own sampler, from GIVEN true frames.
+def measure_run(run, net, roll_out, frames, videos, true_history):
+    """Continue held-out clips of `load_sampled` by the run's own sampler, from GIVEN true frames.
 
     Returns a dictionary: weights, their fingerprint; frames (T, 3), the scores of each frame, mean
     over the videos; errors (4, 3), the standard errors over the videos of the three thirds and of
     the whole; true_history (T, 3) or None, each frame predicted from true ones; minutes of
     training, without those of the warm-up. Keeps the first clips in the run's samples/ for `strip`.
     """
-    net, roll_out = load_sampled(run)
     flags = net.run
 
     def continue_clips(truth, c, seed):
@@ -176,23 +177,27 @@ def minutes_of(run, flags=()):
 
 
 def measure(args):
+    read_rows_of_length(args.file, args.frames)
     for run in args.runs:
         name, seed = split_name(run)
-        rows = read_rows(args.file)
-        lengths = {len(known["frames"]) for seeds in rows.values() for known in seeds.values()}
-        if lengths - {args.frames}:
-            raise ValueError(
-                f"{args.file} holds runs of {max(lengths)} frames; --frames {args.frames} needs"
-                " another file"
-            )
-        known = rows.get(name, {}).get(seed, {})
-        if known.get("weights") == fingerprint(load_run(run)):
+        net, roll_out = load_sampled(run)
+        known = read_rows(args.file).get(name, {}).get(seed, {})
+        if is_measured(known, fingerprint(net), args):
             continue
-        measured = measure_run(run, args.frames, args.videos, args.true_history)
+        measured = measure_run(run, net, roll_out, args.frames, args.videos, args.true_history)
         rows = read_rows(args.file)  # another process may have added a run
         rows.setdefault(name, {})[seed] = measured
         write_json(args.file, {name: dict(sorted(rows[name].items())) for name in sorted(rows)})
     print(thirds_table(read_rows(args.file)))
+
+
+def is_measured(known, weights, args):
+    """Whether `known`, a run in the file or {}, is what these weights and flags would give."""
+    return (
+        known.get("weights") == weights
+        and known["videos"] == args.videos
+        and (known["true_history"] is not None or not args.true_history)
+    )
 
 
 def time_runs(args, frames=32):
@@ -245,7 +250,7 @@ def baselines(args):
     """Score the truth, the last given frame repeated, and the given motion without bounces."""
     test = Sprites(args.size, args.frames, 0, "test")
     captions = [test.caption(i) for i in range(args.videos)]
-    rows = read_rows(args.file)
+    rows = read_rows_of_length(args.file, args.frames)
     for name, made in baseline_videos(test, args.videos).items():
         scores = measure_video(made, captions)
         rows[name] = {
@@ -283,6 +288,17 @@ def read_rows(path):
     return rows
 
 
+def read_rows_of_length(path, frames):
+    """`read_rows`, of which each must have `frames` frames. Raises ValueError."""
+    rows = read_rows(path)
+    lengths = {len(measured["frames"]) for seeds in rows.values() for measured in seeds.values()}
+    if lengths - {frames}:
+        raise ValueError(
+            f"{path} holds runs of {max(lengths)} frames; --frames {frames} needs another file"
+        )
+    return rows
+
+
 # ---- tables ----
 
 
@@ -294,6 +310,15 @@ def scores_of(seeds):
 def unrounded(rows):
     """A tensor of what `rounded` made: None is nan."""
     return torch.tensor([[np.nan if z is None else z for z in row] for row in rows])
+
+
+def on_true_history(seeds):
+    """{seed: measured} with the scores on true history as its frames; others are left out."""
+    return {
+        seed: measured | {"frames": measured["true_history"]}
+        for seed, measured in seeds.items()
+        if measured.get("true_history")
+    }
 
 
 def means_and_errors(seeds):
@@ -344,18 +369,17 @@ def overall_table(rows):
 
 
 def costs_table(rows):
-    """What each row costs in training and in sampling."""
+    """What each row costs in training and in sampling; "-" is nothing, or not measured."""
     lines = [
         "| | seeds | minutes | its teacher's | passes a frame | ms a frame |",
         "|---|---|---|---|---|---|",
     ]
     for name, seeds in rows.items():
-        columns = ("minutes", "teacher_minutes", "passes", "milliseconds")
-        mean = [np.mean([measured[column] for measured in seeds.values()]) for column in columns]
-        teacher = f"{mean[1]:.0f}" if mean[1] else "-"
-        lines.append(
-            f"| {name} | {len(seeds)} | {mean[0]:.0f} | {teacher} | {mean[2]:.2f} | {mean[3]:.1f} |"
-        )
+        cells = []
+        for column, digits in COSTS.items():
+            costs = [measured[column] for measured in seeds.values() if measured.get(column)]
+            cells.append(f"{np.mean(costs):.{digits}f}" if costs else "-")
+        lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -367,8 +391,7 @@ def bias_table(rows):
     ]
     order = list(COLUMNS.values())
     for name, seeds in rows.items():
-        on_truth = {seed: m | {"frames": m["true_history"]} for seed, m in seeds.items()}
-        true = means_and_errors(on_truth)[0][:, order]
+        true = means_and_errors(on_true_history(seeds))[0][:, order]
         own = means_and_errors(seeds)[0][:, order]
         columns = [true[0], own[0], true[2], own[2], true[2] - own[2]]
         cells = [" / ".join(f"{z:.0f}" for z in column) for column in columns]
@@ -424,7 +447,8 @@ def redraw(text):
     def draw(match):
         rows = read_rows(RESULTS / f"{match['file']}.json")
         chosen = match["rows"].split() if match["rows"] else list(rows)
-        labels = dict(name.split("=") if "=" in name else (name, name) for name in chosen)
+        pairs = (word.partition("=") for word in chosen)
+        labels = {name: label or name for name, _, label in pairs}
         missing = [name for name in labels if name not in rows]
         if missing or not chosen:
             raise ValueError(f"results/{match['file']}.json has no row {' '.join(missing)}")

@@ -17,7 +17,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from results.evidence import COLUMNS, RESULTS, means_and_errors, read_rows, scores_of
+from results.evidence import (
+    COLUMNS,
+    RESULTS,
+    means_and_errors,
+    on_true_history,
+    read_rows,
+    scores_of,
+)
 from sample import new_parser, run_main
 
 TRAINED = 10  # frames of a training clip
@@ -28,16 +35,19 @@ HISTORIES = {  # row of table-1.json: label, colour, marker, line width
     "parallel": ("parallel resampling", "#3a76c4", "D", 1.4),
     "ours": ("resampling forcing", "#157f3b", "o", 2.4),
 }
-RIVALS = {  # the nine rows of Table 1
-    "nova": ("nova", "#d62728", "s", 1.2),
-    "pyramid-flow": ("pyramid-flow", "#d68a00", "^", 1.2),
-    "skyreels": ("skyreels", "#8c564b", "v", 1.2),
-    "magi": ("magi", "#7f7f7f", "<", 1.2),
-    "causvid": ("causvid", "#e377c2", ">", 1.2),
-    "self-forcing": ("self-forcing", "#9467bd", "P", 1.2),
-    "longlive": ("longlive", "#3a76c4", "D", 1.2),
-    "ours-routed": ("ours-routed", "#2ca02c", "X", 2.0),
-    "ours": ("ours", "#157f3b", "o", 2.4),
+RIVALS = {  # the nine rows of Table 1, under their own names
+    name: (name, *style)
+    for name, style in {
+        "nova": ("#d62728", "s", 1.2),
+        "pyramid-flow": ("#d68a00", "^", 1.2),
+        "skyreels": ("#8c564b", "v", 1.2),
+        "magi": ("#7f7f7f", "<", 1.2),
+        "causvid": ("#e377c2", ">", 1.2),
+        "self-forcing": ("#9467bd", "P", 1.2),
+        "longlive": ("#3a76c4", "D", 1.2),
+        "ours-routed": ("#2ca02c", "X", 2.0),
+        "ours": ("#157f3b", "o", 2.4),
+    }.items()
 }
 MODELS = {  # row of long.json
     "teacher": HISTORIES["nova"],
@@ -56,7 +66,10 @@ def smooth(curve, width):
 
 
 def draw_curves(plt, rows, styles, path, width, baselines=BASELINES, true_history=True):
-    """One panel for each metric: score against frame."""
+    """One panel for each metric: score against frame, smoothed over `width` frames.
+
+    styles and baselines: as HISTORIES and BASELINES. true_history: draw the dashed lines.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
     for axis, (metric, column) in zip(axes, COLUMNS.items()):
         for name, (label, colour, marker, thickness) in styles.items():
@@ -88,18 +101,14 @@ def draw_row(axis, seeds, column, width, style, marker, true_history):
     axis.plot(x, mean, marker=marker, markersize=5, markevery=len(x) // 5, **style)
     axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
 
-    on_truth = {
-        seed: measured | {"frames": measured["true_history"]}
-        for seed, measured in seeds.items()
-        if true_history and measured.get("true_history")
-    }
-    if on_truth:
+    on_truth = on_true_history(seeds)
+    if true_history and on_truth:
         curve = smooth(scores_of(on_truth).nanmean(0)[:, column].numpy(), width)
         axis.plot(x, curve, color=style["color"], linewidth=0.9, linestyle="--")
 
 
 def draw_shift(plt, rows, path):
-    """Scores of the last third against s, with standard errors over the videos."""
+    """Scores of the last third against s, with the standard errors of `means_and_errors`."""
     figure, axis = plt.subplots(figsize=(5, 3.2))
     points = sorted(
         (float(name.removeprefix("s-")), name) for name in rows if name.startswith("s-")
@@ -139,10 +148,10 @@ def main(argv):
     except ImportError:
         raise ValueError("plot.py needs `pip install matplotlib`") from None
 
-    draw_curves(plt, read_rows(RESULTS / "table-1.json"), HISTORIES, out / "drift.png", SMOOTH)
-    draw_curves(
-        plt, read_rows(RESULTS / "table-1.json"), RIVALS, out / "rivals.png", SMOOTH, {}, False
-    )
+    table_1 = read_rows(RESULTS / "table-1.json")
+    draw_curves(plt, table_1, HISTORIES, out / "drift.png", SMOOTH)
+    path = out / "rivals.png"
+    draw_curves(plt, table_1, RIVALS, path, SMOOTH, baselines={}, true_history=False)
     draw_curves(plt, read_rows(RESULTS / "long.json"), MODELS, out / "long.png", 9 * SMOOTH)
     draw_shift(plt, read_rows(RESULTS / "fig-6.json"), out / "fig-6.png")
 

@@ -58,7 +58,6 @@ from train import (
 
 STEPS = 4  # solver steps of a frame, and noise levels of a distilled student
 SAMPLE_SHIFT = 10.0  # Eq. (7) on them
-PIPELINE_SHIFT = 3.0  # the same for MAGI-1's pipeline: the default --time-shift of its training
 GUIDANCE = 1.5  # of the rows that are not distilled
 WINDOW = 9  # history frames in sight
 
@@ -153,11 +152,11 @@ def magi_rollout(net, given, c, frames, seed):
     """STEPS frames in flight at once, each one solver step ahead of the next.
 
     A pass moves all of them by a step, so that it finishes one frame. A frame sees the finished
-    ones and the noisy ones before it, at levels that training had. Yields each finished frame
-    (B, 1, C, height, width).
+    ones and the noisy ones before it. Their levels are those of the training, except in the first
+    STEPS - 1 passes. Yields each finished frame (B, 1, C, height, width).
     """
     noise = torch.Generator().manual_seed(seed)
-    times = solver_times(given.device, PIPELINE_SHIFT)
+    times = solver_times(given.device, net.run["time_shift"])
     model = Guided(net, torch.zeros_like(c[:1]), GUIDANCE)
     known = given
     x = given[:, :0]  # the frames in flight, the first to finish first
