@@ -364,7 +364,8 @@ class CausalDiT(nn.Module):
         """Make an empty cache for `batch` videos of up to `frames` frames.
 
         window: keep only the first `sink` and the last window - sink frames, of any number;
-        `frames` is then ignored.
+        `frames` is then ignored. Without a window, or with one as long as `frames`, every frame
+        is kept and `sink` has no effect.
         """
         if window is None or window >= frames:  # nothing will be evicted
             return Cache(self.config, batch, frames)

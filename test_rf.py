@@ -4316,12 +4316,13 @@ def test_a_students_gradient_comes_from_its_last_pass_alone(last_step, window, s
     weights, makes all the passes before."""
     net, (x, noise, _, c) = tiny(), clip()
     twin = copy.deepcopy(net)
+    times = rivals.solver_times(5.0)
     graded = []
 
     def frames(model):
         cache = rivals.FrozenCache(net.config, 2, window, sink)
         x_1 = noise[:, 2:]
-        made = rivals.student_frames(model, x_1, c, x[:, :2], cache, 2, last_step, Noise())
+        made = rivals.student_frames(model, times, x_1, c, x[:, :2], cache, 2, last_step, Noise())
         return torch.cat(list(made), 1)
 
     def split(x, t, c, history, cache, first):
@@ -4340,7 +4341,7 @@ def test_a_students_gradient_comes_from_its_last_pass_alone(last_step, window, s
         net.zero_grad()
         made.square().sum().backward()
         gradients.append({name: p.grad.clone() for name, p in net.named_parameters()})
-    level = rivals.solver_times()[last_step].item()
+    level = times[last_step].item()
     assert graded == [(first, level) for first in range(2, 6)], "one pass a frame"
     assert all(close(z, gradients[1][name], 1e-9) for name, z in gradients[0].items())
     assert all(z.abs().max() > 0 for z in gradients[0].values())
@@ -4348,18 +4349,40 @@ def test_a_students_gradient_comes_from_its_last_pass_alone(last_step, window, s
 
 
 def test_levels_of_diffusion_forcing():
-    """SkyReels-V2's never fall along time and reach from 0 to 1 in every frame; MAGI-1's are a
-    ramp as steep as the pipeline of the rollout."""
+    """SkyReels-V2's never fall along time and reach from 0 to 1 in every frame."""
     levels = rivals.non_decreasing_levels(4000, 5, torch)
     assert (levels.diff(dim=1) >= 0).all() and (levels.min() >= 0) and (levels.max() <= 1)
     assert (levels.min(0).values < 0.05).all() and (levels.max(0).values > 0.95).all()
     assert levels.std(1).min() < 0.1 < levels.std(1).max()
 
-    ramp = rivals.pipeline_levels(4000, 10, torch)
-    rise = ramp.diff(dim=1)
-    inside = (ramp[:, 1:] < 1) & (ramp[:, :-1] > 0)
-    assert close(rise[inside], torch.full_like(rise[inside], 1 / rivals.STEPS), 1e-5)
-    assert (rise >= 0).all() and (ramp[:, 0] < 1).all()
+
+def test_the_pipeline_is_trained_on_the_levels_of_its_rollout():
+    """A frame that is learned has the level that its place gives it, and sees what a rollout shows
+    it: a ramp as steep as the rollout's, at first with clean frames right before a noisy one."""
+    S = rivals.STEPS
+    torch.manual_seed(0)
+    levels = rivals.pipeline_levels(4000, 10, torch)
+    assert (levels.diff(dim=1) >= 0).all() and (levels[:, 0] < 1).all()
+    inside = (levels[:, 1:] < 1) & (levels[:, :-1] > 0)
+    rise = levels.diff(dim=1)[inside]
+    assert close(rise, torch.full_like(rise, 1 / S), 1e-5)
+
+    noisy = (levels > 0).sum(1)
+    first = levels.gather(1, 10 - noisy[:, None])[:, 0]  # the level of the first noisy frame
+    begun = first > 1 / S
+    assert 0.3 < begun.float().mean() < 0.45, "four in ten have just begun"
+    assert (first[begun] == 1).any(), "the first pass: clean frames, then pure noise"
+    assert ((noisy[first < 1 / S]) >= S).all(), "a steady pipeline is in the clip as a whole"
+
+
+def test_a_frame_behind_pure_noise_is_not_learned():
+    net, (x, _, t, c) = tiny(), clip()
+    t[:] = torch.tensor([0, 0, 0.5, 1, 1, 1])
+    loss = rivals.diffusion_forcing_loss(net, x, c, t, Noise())
+    eps = Noise().randn(*x.shape)
+    x_t = add_noise(x, eps, t)
+    v = net(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1])
+    assert close(loss, (v - (eps - x))[:, 2:4].square().mean())
 
 
 def test_diffusion_forcing_without_noise_in_the_history_is_teacher_forcing():
@@ -4386,10 +4409,11 @@ def test_the_pipeline_finishes_a_frame_a_pass():
         net.calls.append((x, t, history, history_t, first))
         return torch.zeros_like(x)
 
-    called.run = {"time_shift": 3.0}
+    called.run = {"time_shift": 3.0, "frames": 10}
+    called.config = tiny().config
     frames = list(rivals.magi_rollout(called, given, c, frames=16, seed=0))
     assert len(frames) == 14 and len(net.calls) == 14 + rivals.STEPS - 1
-    times = rivals.solver_times(time_shift=3.0)
+    times = rivals.solver_times(3.0)
     x, t, history, history_t, first = net.calls[8]
     assert x.shape[1] == rivals.STEPS and torch.equal(t[0], times[:-1].flip(0))
     assert history.shape[1] == first + rivals.STEPS - 1 == 9
@@ -4405,15 +4429,67 @@ def test_the_pipelines_frames_are_a_rollouts_where_history_does_not_matter():
     def alone(x, t, c, history=None, cache=None, first=0, history_t=None):
         return x.tanh() * t[..., None, None, None]
 
-    alone.run = {"time_shift": 3.0}
+    alone.run = {"time_shift": 3.0, "frames": 10}
+    alone.config = tiny().config
     made = torch.cat(list(rivals.magi_rollout(alone, torch.zeros(2, 2, 3, 4, 4), c, 9, 0)), 1)
     generator = torch.Generator().manual_seed(0)
     noise = torch.cat([torch.randn(2, 1, 3, 4, 4, generator=generator) for _ in range(7)], 1)
     x = noise
-    times = rivals.solver_times(time_shift=3.0)
+    times = rivals.solver_times(3.0)
     for now, after in pairwise(times):
         x = x + (after - now) * x.tanh() * now
     assert close(made, x, 1e-6)
+
+
+def test_both_branches_of_guidance_see_one_noisy_history():
+    """SkyReels-V2's, at the level that the network is told; its noise is not a new frame's."""
+    seen = []
+
+    def called(x, t, c, history=None, cache=None, first=0, history_t=None):
+        if history is not None:
+            seen.append((x, history, history_t))
+        return torch.zeros_like(x)
+
+    called.cache = Recorder().cache
+    called.run = {"frames": 10}
+    called.config = tiny().config
+    given = torch.zeros(2, 2, 3, 4, 4)
+    list(rivals.skyreels_rollout(called, given, torch.ones(2, 1, 5), 6, seed=0))
+    assert len(seen) == 4, "each frame's history is read once"
+    for _, history, history_t in seen:
+        assert len(history) == 4 and torch.equal(history[:2], history[2:])
+        assert (history_t == 0.02).all()
+    x, history, _ = seen[0]
+    assert close(history.std(), torch.tensor(0.02), 0.005)
+    assert not close(history[0, 0] / 0.02, x[0, 0], 0.1)
+
+
+@pytest.mark.parametrize("method", rivals.DISTILLED)
+def test_a_student_is_sampled_at_the_levels_of_its_training(method, table_1):
+    flags = f"{method} --init x --teacher {table_1}/real-0 --out x --student-shift 2"
+    run = rivals.parse(flags.split())
+    run.frames, run.time_shift = 6, 3.0
+    net = load_checkpoint(table_1 / "warm-0").requires_grad_(True)
+    net.run = {"frames": 6, "student_shift": 2.0}
+    x, c = (torch.stack(z) for z in zip(*(Sprites(8, 6)[i] for i in range(2))))
+    levels = set()
+
+    class Watched:
+        config = net.config
+        run = net.run
+
+        def __call__(self, x, t, *args, **options):
+            levels.update(t.flatten().tolist())
+            return net(x, t, *args, **options)
+
+    with torch.no_grad():
+        list(rivals.ROLLOUTS[method](Watched(), x[:, :2], c, 8, seed=0))
+    assert levels == set(rivals.solver_times(2.0)[:-1].tolist())
+    sampled, levels = levels, set()
+    method = rivals.METHODS[method](run)
+    for seed in range(20):
+        method.student_clips(Watched(), x, c, train.ClipNoise(seed, [0, 1], "cpu"))
+    assert levels - {0.0} == sampled
 
 
 def test_an_error_bank_adds_residuals_to_nine_clips_of_ten():
@@ -4509,7 +4585,9 @@ def test_a_rival_is_trained_and_measured(method, table_1, capsys):
 
 def test_the_fake_model_learns_at_every_step_and_the_student_at_every_fifth(table_1):
     """A fake model that stays the teacher gives a gradient of zero without guidance."""
-    run = argparse.Namespace(frames=6, fake_lr=1e-3, teacher_guidance=1.0, time_shift=3.0, every=5)
+    flags = f"self-forcing --init {table_1}/warm-0 --out x --fake-lr 1e-3 --teacher-guidance 1"
+    run = rivals.parse(flags.split())
+    run.frames, run.time_shift = 6, 3.0
     method = rivals.SelfForcing(table_1 / "real-0", run)
     net = load_checkpoint(table_1 / "warm-0").requires_grad_(True)
     x, c = (torch.stack(z) for z in zip(*(Sprites(8, 6)[i] for i in range(2))))
@@ -4525,12 +4603,17 @@ def test_the_fake_model_learns_at_every_step_and_the_student_at_every_fifth(tabl
 
 def test_rivals_refuse_in_one_line(table_1):
     init = f"--init {table_1}/warm-0"
+    shutil.copytree(table_1 / "warm-0", table_1 / "short-0")
+    short = checkpoint_of(table_1 / "short-0")
+    short["args"]["frames"] = 4
+    torch.save(short, table_1 / "short-0" / "ckpt.pt")
     for command, message in [
         (f"magi {init} --out {table_1}", "exists; name a new folder"),
         (f"causvid {init} --out {table_1}/x", "--teacher goes with"),
         (f"magi {init} --out {table_1}/x --teacher {table_1}/real-0", "only them"),
         (f"causvid {init} --out {table_1}/x --teacher {table_1}/warm-0", "one chunk"),
         (f"magi --init {table_1}/nothing --out {table_1}/x", "nothing"),
+        (f"magi --init {table_1}/short-0 --out {table_1}/x", "clips of 4 frames; wanted more than"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             rivals.main(command.split())
@@ -4599,6 +4682,8 @@ def test_a_run_is_measured_again_if_its_weights_are_others(random_run, tmp_path)
     shutil.rmtree(run / "samples")
     evidence.main(measure)
     assert not (run / "samples").exists(), "measured before"
+    evidence.main([*measure, "--again"])
+    assert (run / "samples").exists()
 
     for flags in (["--videos", "3"], ["--videos", "3", "--true-history"]):
         evidence.main([*measure, *flags])

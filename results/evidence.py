@@ -24,7 +24,6 @@ import json
 import re
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +93,7 @@ def load_sampled(run):
     net = load_run(run)
     if net.config.chunk != 1:
         raise ValueError(f"{run}: wanted a run with --chunk 1")
-    plain = partial(plain_rollout, window=rollout_window(net.config, net.run["frames"]))
-    return net, ROLLOUTS.get(net.run.get("method"), plain)
+    return net, ROLLOUTS.get(net.run.get("method"), plain_rollout)
 
 
 def measure_run(run, net, roll_out, frames, videos, true_history):
@@ -119,8 +117,6 @@ def measure_run(run, net, roll_out, frames, videos, true_history):
 
     on_truth = None
     if true_history:
-        if "method" in flags:
-            raise ValueError(f"{run}: --true-history goes with runs of train.py")
         sampler = (STEPS, SAMPLE_SHIFT, GUIDANCE, rollout_window(net.config, flags["frames"]))
         _, _, on_truth = evaluate(net, frames, videos, *sampler, true_history=True)
 
@@ -181,8 +177,10 @@ def measure(args):
     for run in args.runs:
         name, seed = split_name(run)
         net, roll_out = load_sampled(run)
+        if args.true_history and "method" in net.run:
+            raise ValueError(f"{run}: --true-history goes with runs of train.py")
         known = read_rows(args.file).get(name, {}).get(seed, {})
-        if is_measured(known, fingerprint(net), args):
+        if not args.again and is_measured(known, fingerprint(net), args):
             continue
         measured = measure_run(run, net, roll_out, args.frames, args.videos, args.true_history)
         rows = read_rows(args.file)  # another process may have added a run
@@ -496,6 +494,8 @@ def parse(argv):
     add("--frames", type=bounded_int(GIVEN + 1, 10**6), default=100, help="default: %(default)s")
     add("--videos", type=positive_int, default=64, help="default: %(default)s")
     add("--true-history", action="store_true", help="predict each frame from true ones, too")
+    add("--again", action="store_true",
+        help="measure what is in the file again, as after a change to a sampler")
 
     add = commands.add_parser("time", help="time a new frame of measured runs").add_argument
     add("file", type=Path, help="results/NAME.json")

@@ -96,7 +96,7 @@ def draw_curves(plt, rows, styles, path, width, baselines=BASELINES, true_histor
 def draw_row(axis, seeds, column, width, style, marker, true_history):
     """Mean over the seeds with its band, and dashed the same on true history, if measured."""
     curves = [smooth(scores[:, column].numpy(), width) for scores in scores_of(seeds)]
-    mean, spread = np.mean(curves, 0), np.std(curves, 0)
+    mean, spread = np.mean(curves, 0), np.std(curves, 0, ddof=min(1, len(curves) - 1))
     x = np.arange(len(mean))
     axis.plot(x, mean, marker=marker, markersize=5, markevery=len(x) // 5, **style)
     axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)

@@ -43,6 +43,7 @@ from sample import (
     nonnegative_float,
     positive_float,
     positive_int,
+    rollout_window,
     run_main,
     seed_int,
 )
@@ -59,10 +60,9 @@ from train import (
 STEPS = 4  # solver steps of a frame, and noise levels of a distilled student
 SAMPLE_SHIFT = 10.0  # Eq. (7) on them
 GUIDANCE = 1.5  # of the rows that are not distilled
-WINDOW = 9  # history frames in sight
 
 
-def solver_times(device=None, time_shift=SAMPLE_SHIFT):
+def solver_times(time_shift, device=None):
     """The noise levels between which a frame is denoised, from 1 to 0: (STEPS + 1,)."""
     return shift(torch.linspace(1, 0, STEPS + 1, device=device), time_shift)
 
@@ -70,6 +70,16 @@ def solver_times(device=None, time_shift=SAMPLE_SHIFT):
 def clean_estimate(x_t, t, v):
     """x̂ = x_t - t v, from Eq. (3) and v = eps - x. x_t, v (B, N, C, height, width), t (B, N)."""
     return x_t - t[..., None, None, None] * v
+
+
+class SeededNoise:
+    """`randn` of one seed, on the CPU, in place of the torch module."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape, device=None):
+        return torch.randn(shape, generator=self.generator).to(device)
 
 
 # ---- diffusion forcing ----
@@ -89,27 +99,34 @@ def non_decreasing_levels(B, N, rng):
 
 
 def pipeline_levels(B, N, rng):
-    """Noise levels (B, N) of MAGI-1: a ramp over STEPS frames; clean ones before it, noise after.
+    """Noise levels (B, N) of MAGI-1: clean frames, then a ramp over STEPS frames, then noise.
 
-    The first frame of the ramp, and how far it has come, are uniform.
+    The first frame of the ramp, and how far it has come, are uniform. In four clips of ten the
+    pipeline has just begun: up to STEPS frames of the ramp are clean, too, as if they were given.
     """
-    first = (N * rng.rand(B, 1)).long()
+    first = ((N - STEPS + 1) * rng.rand(B, 1)).long()
     phase = rng.rand(B, 1)
+    begun = ((STEPS + 1) * (2 * rng.rand(B, 1) - 1)).long().clamp(min=0)  # 0 to STEPS
+    given = (first + begun).clamp(max=N - 1)
     place = torch.arange(N, device=phase.device)
-    return ((place - first + phase) / STEPS).clamp(0, 1)
+    ramp = ((place - first + phase) / STEPS).clamp(0, 1)
+    return torch.where(place < given, 0, ramp)
 
 
 def diffusion_forcing_loss(model, x, c, t, rng):
     """Eq. (4) where every frame sees the noisy frames before it, and their noise levels.
 
-    x (B, N, C, height, width), t (B, N). Frames at level 0 have nothing to learn and are left out.
+    x (B, N, C, height, width), t (B, N). Left out are the frames at level 0, which have nothing to
+    learn, and those behind a frame of pure noise, which no rollout has begun yet.
     """
     eps = rng.randn(*x.shape, device=x.device)
     x_t = add_noise(x, eps, t)
     v = model(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1])
-    noisy = (t > 0).to(x.dtype)[..., None, None, None]
-    error = ((v - (eps - x)).square() * noisy).mean()
-    return error / noisy.mean().clamp(min=1e-6)
+    learned = t > 0
+    learned[:, 1:] &= t[:, :-1] < 1
+    learned = learned.to(x.dtype)[..., None, None, None]
+    error = ((v - (eps - x)).square() * learned).mean()
+    return error / learned.mean().clamp(min=1e-6)
 
 
 class DiffusionForcing:
@@ -125,26 +142,30 @@ class DiffusionForcing:
 
 
 class NoisyHistory:
-    """A network whose history is noised to a small level, which it is told, as in SkyReels-V2."""
+    """A network whose history is noised to a small level, which it is told, as in SkyReels-V2.
 
-    def __init__(self, net, level=0.02, seed=0):
+    All videos of a batch get the same noise, so that both branches of guidance see one history.
+    """
+
+    def __init__(self, net, seed, level=0.02):
         self.net = net
         self.config = net.config
+        self.run = net.run
         self.cache = net.cache
         self.level = level
-        self.noise = torch.Generator().manual_seed(seed)
+        self.rng = SeededNoise(~seed)  # not the noise from which a frame starts
 
     def __call__(self, x, t, c, history=None, cache=None, first=0):
         if history is None:
             return self.net(x, t, c, None, cache, first)
         level = torch.full(history.shape[:2], self.level, device=x.device)
-        eps = torch.randn(history.shape, generator=self.noise).to(x.device)
+        eps = self.rng.randn(1, *history.shape[1:], device=x.device)
         return self.net(x, t, c, add_noise(history, eps, level), cache, first, history_t=level)
 
 
 def skyreels_rollout(net, given, c, frames, seed):
     """Frame after frame, each on slightly noised finished frames; yields (B, 1, C, ...)."""
-    return plain_rollout(NoisyHistory(net, seed=seed), given, c, frames, seed)
+    return plain_rollout(NoisyHistory(net, seed), given, c, frames, seed)
 
 
 @torch.no_grad()
@@ -152,12 +173,13 @@ def magi_rollout(net, given, c, frames, seed):
     """STEPS frames in flight at once, each one solver step ahead of the next.
 
     A pass moves all of them by a step, so that it finishes one frame. A frame sees the finished
-    ones and the noisy ones before it. Their levels are those of the training, except in the first
-    STEPS - 1 passes. Yields each finished frame (B, 1, C, height, width).
+    ones and the noisy ones before it, at the levels of the training. Yields each finished frame
+    (B, 1, C, height, width).
     """
-    noise = torch.Generator().manual_seed(seed)
-    times = solver_times(given.device, net.run["time_shift"])
+    rng = SeededNoise(seed)
+    times = solver_times(net.run["time_shift"], given.device)
     model = Guided(net, torch.zeros_like(c[:1]), GUIDANCE)
+    seen = rollout_window(net.config, net.run["frames"]) + 1 - STEPS  # finished frames in sight
     known = given
     x = given[:, :0]  # the frames in flight, the first to finish first
     taken = []  # solver steps that each of them has taken
@@ -165,14 +187,14 @@ def magi_rollout(net, given, c, frames, seed):
 
     while known.shape[1] < frames:
         if started < frames:
-            new = torch.randn(len(given), 1, *given.shape[2:], generator=noise).to(given.device)
+            new = rng.randn(len(given), 1, *given.shape[2:], device=given.device)
             x = torch.cat([x, new], dim=1)
             taken.append(0)
             started += 1
 
         step = torch.tensor(taken, device=given.device)
         t = times[step].expand(len(x), -1)
-        past = known[:, -(WINDOW + 1 - STEPS) :]  # no frame sees more than in training
+        past = known[:, -seen:]
         history = torch.cat([past, x[:, :-1]], dim=1)
         history_t = torch.cat([torch.zeros_like(past[:, :, 0, 0, 0]), t[:, :-1]], dim=1)
         v = model(x, t, c, history, None, past.shape[1], history_t)
@@ -257,14 +279,15 @@ class FrozenCache(WindowCache):
         return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), None
 
 
-def student_frames(net, noise, c, history, cache, first, last_step, rng):
+def student_frames(net, times, noise, c, history, cache, first, last_step, rng):
     """Denoise frame after frame in few steps: x̂, then fresh noise of the next level, and so on.
 
-    noise (B, N, C, height, width); history: finished frames to write into the cache. Every frame
-    stops at step `last_step` of STEPS. Only that step's pass has a gradient, where gradients are
-    enabled; the cache has none. Yields x̂ (B, 1, C, height, width), which is the next history.
+    times: the noise levels, from `solver_times`. noise (B, N, C, height, width). history: finished
+    frames to write into the cache. Every frame stops at step `last_step` of STEPS. Only that step's
+    pass has a gradient, where gradients are enabled; the cache has none. Yields x̂
+    (B, 1, C, height, width), which is the next history.
     """
-    times = solver_times(noise.device)
+    times = times.to(noise.device)
     gradient = torch.is_grad_enabled()
     for i in range(noise.shape[1]):
         x = noise[:, [i]]
@@ -311,6 +334,8 @@ class Distillation:
     learns the student's clips at every step; the student learns at every `every`-th.
     """
 
+    momentum = 0.0  # of both optimizers
+
     def __init__(self, teacher, args):
         self.real = load_checkpoint(teacher).requires_grad_(False)
         if self.real.config.chunk != args.frames:
@@ -319,7 +344,8 @@ class Distillation:
                 f"{args.frames} --frames {args.frames}; its chunk is {self.real.config.chunk}"
             )
         self.fake = deepcopy(self.real).requires_grad_(True)
-        self.optimizer = adam(self.fake, args.fake_lr)
+        self.optimizer = adam(self.fake, args.fake_lr, self.momentum)
+        self.times = solver_times(args.student_shift)
         self.guidance = args.teacher_guidance
         self.time_shift = args.time_shift
         self.every = args.every
@@ -352,9 +378,11 @@ class Distillation:
 class CausVid(Distillation):
     """The student denoises real clips, each frame from one of its own noise levels, or none."""
 
+    momentum = 0.9
+
     def student_clips(self, net, x, c, rng):
         level = ((STEPS + 1) * rng.rand(*x.shape[:2])).long()
-        t = solver_times(x.device)[level]
+        t = self.times.to(x.device)[level]
         x_t = add_noise(x, rng.randn(*x.shape, device=x.device), t)
         v = net(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1])
         return clean_estimate(x_t, t, v), c
@@ -363,8 +391,14 @@ class CausVid(Distillation):
 class SelfForcing(Distillation):
     """The student continues GIVEN true frames on its own output, to the length of a clip."""
 
+    sink = 0
+
+    def new_cache(self, net, batch):
+        window = rollout_window(net.config, self.length)
+        return FrozenCache(net.config, batch, window, self.sink)
+
     def student_clips(self, net, x, c, rng):
-        cache = FrozenCache(net.config, len(x), WINDOW, sink=0)
+        cache = self.new_cache(net, len(x))
         context = x[:, :GIVEN]
         return self.roll_on(net, context, c, context, cache, GIVEN, rng), c
 
@@ -373,14 +407,15 @@ class SelfForcing(Distillation):
         new = self.length - GIVEN
         noise = rng.randn(len(context), new, *context.shape[2:], device=context.device)
         last_step = int(STEPS * rng.rand(len(context))[0])  # the same for all frames
-        frames = student_frames(net, noise, c, history, cache, first, last_step, rng)
+        times = self.times
+        frames = student_frames(net, times, noise, c, history, cache, first, last_step, rng)
         return torch.cat([context, *frames], dim=1)
 
 
 class LongLive(SelfForcing):
     """The student rolls on from step to step, up to `longest` frames; judge the newest clip."""
 
-    sink = 3  # of the WINDOW frames in sight, the first ones
+    sink = 3  # of the frames in sight, the first ones of the video
     longest = 58
 
     def __init__(self, teacher, args):
@@ -390,7 +425,7 @@ class LongLive(SelfForcing):
     def student_clips(self, net, x, c, rng):
         new = self.length - GIVEN
         if self.stream is None or self.stream[3] + new > self.longest:
-            cache = FrozenCache(net.config, len(x), WINDOW, self.sink)
+            cache = self.new_cache(net, len(x))
             self.stream = x[:, :GIVEN], c, cache, GIVEN
             history = x[:, :GIVEN]
         else:
@@ -406,29 +441,21 @@ class LongLive(SelfForcing):
 # ---- training, sampling and measuring a row ----
 
 
-def plain_rollout(net, given, c, frames, seed, window=WINDOW):
+def plain_rollout(net, given, c, frames, seed):
     """The rollout of sample.py: yields each new frame (B, 1, C, height, width)."""
+    window = rollout_window(net.config, net.run["frames"])
     return generate(net, [(0, c)], given, frames, STEPS, SAMPLE_SHIFT, GUIDANCE, window, seed=seed)
 
 
 @torch.no_grad()
 def student_rollout(net, given, c, frames, seed, sink=0):
     """A distilled student: STEPS passes a frame, without guidance, which its teacher had."""
-    noise = torch.Generator().manual_seed(seed)
-    rng = SeededNoise(noise)
-    cache = WindowCache(net.config, len(given), WINDOW, sink)
+    rng = SeededNoise(seed)
+    cache = WindowCache(net.config, len(given), rollout_window(net.config, net.run["frames"]), sink)
+    times = solver_times(net.run["student_shift"])
     x = rng.randn(len(given), frames - given.shape[1], *given.shape[2:], device=given.device)
-    yield from student_frames(net, x, c, given, cache, given.shape[1], STEPS - 1, rng)
-
-
-class SeededNoise:
-    """`randn` of one generator, in place of the torch module."""
-
-    def __init__(self, generator):
-        self.generator = generator
-
-    def randn(self, *shape, device=None):
-        return torch.randn(shape, generator=self.generator).to(device)
+    first = given.shape[1]
+    yield from student_frames(net, times, x, c, given, cache, first, STEPS - 1, rng)
 
 
 def longlive_rollout(net, given, c, frames, seed):
@@ -455,9 +482,9 @@ ROLLOUTS = {
 }
 
 
-def adam(net, lr):
-    """The optimizer of DMD: Adam without a first moment."""
-    return torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.999), fused=True)
+def adam(net, lr, momentum):
+    """The optimizer of DMD."""
+    return torch.optim.Adam(net.parameters(), lr, betas=(momentum, 0.999), fused=True)
 
 
 def train(args):
@@ -466,6 +493,10 @@ def train(args):
     flags = dict(source["args"])
     if flags.get("data") != "sprites" or source["config"]["chunk"] != 1:
         raise ValueError(f"--init {args.init}: wanted a run on sprites with --chunk 1")
+    if flags["frames"] <= STEPS:
+        raise ValueError(
+            f"--init {args.init}: clips of {flags['frames']} frames; wanted more than {STEPS}"
+        )
     for name, value in vars(args).items():
         if value is not None:
             flags[name] = value
@@ -479,7 +510,7 @@ def train(args):
     ema = deepcopy(net).eval().requires_grad_(False)
     method = METHODS[args.method](run)
     if args.method in DISTILLED:
-        optimizers = [adam(net, run.lr)]
+        optimizers = [adam(net, run.lr, method.momentum)]
     else:
         optimizers = make_optimizers(net, run.optimizer)
 
@@ -515,20 +546,28 @@ def parse(argv):
     add("--teacher", type=Path, help="bidirectional: a run with --chunk equal to --frames")
     add("--out", type=Path, required=True, help="a new folder")
     add("--steps", type=positive_int, default=1800, help="default: %(default)s")
-    add("--lr", type=positive_float, default=5e-3,
-        help="of AdamW, or of the student (default: %(default)s)")
+    add("--lr", type=positive_float,
+        help="of the student in a distilled row (default: 2e-4), of AdamW in others (5e-3)")
     add("--muon-lr", type=positive_float, default=0.015, help="default: %(default)s")
     add("--time-shift", type=positive_float, help="Eq. (7) on t of the loss (default: the run's)")
     add("--ema", type=bounded_float(0, 0.999999),
-        help="decay of the averaged weights (default: the run's)")
+        help="decay of the averaged weights (default: 0.99 in a distilled row, else the run's)")
     add("--seed", type=seed_int, default=0, help="default: %(default)s")
-    add("--fake-lr", type=positive_float, default=5e-4,
+    add("--student-shift", type=positive_float, default=10.0,
+        help="Eq. (7) on the noise levels of a distilled row (default: %(default)s)")
+    add("--fake-lr", type=positive_float, default=2e-4,
         help="of the fake model (default: %(default)s)")
     add("--teacher-guidance", type=nonnegative_float, default=1.5,
         help="classifier-free guidance of the teacher (default: %(default)s)")
     add("--every", type=positive_int, default=5,
         help="steps of the fake model for one of the student's (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    distilled = args.method in DISTILLED
+    if args.lr is None:
+        args.lr = 2e-4 if distilled else 5e-3
+    if args.ema is None and distilled:
+        args.ema = 0.99
+    return args
 # fmt: on
 
 

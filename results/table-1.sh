@@ -25,10 +25,9 @@ rival error-bank warm
 rival recycle warm
 
 # distilled from the teacher
-student="--teacher $runs/real-$seed --lr 2e-4 --fake-lr 2e-4 --ema 0.99"
-rival causvid warm $student
-rival self-forcing warm $student
-rival longlive self-forcing $student
+rival causvid warm --teacher $runs/real-$seed
+rival self-forcing warm --teacher $runs/real-$seed
+rival longlive self-forcing --teacher $runs/real-$seed
 
 python results/evidence.py baselines results/table-1.json
 python results/evidence.py measure results/table-1.json --true-history $runs/{nova,pyramid-flow,parallel,ours}-$seed
