@@ -4,6 +4,7 @@
   rivals.png   the same for the nine rows of Table 1
   long.png     the same over 1,000 frames for the two models in results/, from long.json
   fig-6.png    score against the timestep shift s of self-resampling, from fig-6.json
+  fig-7.png    score against frame with less and less history in sight, from fig-7.json
 
 A solid line is the mean over the seeds, a band their standard deviation, and a dashed line the same
 models on true history: the distance between the two is exposure bias. Scores are averaged over
@@ -27,7 +28,7 @@ from results.evidence import (
 )
 from sample import new_parser, run_main
 
-TRAINED = 10  # frames of a training clip
+TRAINED = 10  # frames of a training clip; 12 in fig-7.json
 SMOOTH = 5
 HISTORIES = {  # row of table-1.json: label, colour, marker, line width
     "nova": ("teacher forcing", "#d62728", "s", 1.4),
@@ -53,6 +54,13 @@ MODELS = {  # row of long.json
     "teacher": HISTORIES["nova"],
     "resample": HISTORIES["ours"],
 }
+MEMORY = {  # row of fig-7.json
+    "dense": ("all frames", "#157f3b", "o", 2.4),
+    "top-5": ("routing, k = 5", "#3a76c4", "D", 1.4),
+    "window-5": ("window of 5", "#d68a00", "^", 1.4),
+    "top-1": ("routing, k = 1", "#9467bd", "P", 1.4),
+    "window-1": ("window of 1", "#d62728", "s", 1.4),
+}
 BASELINES = {"copy": ("last frame, copied", ":"), "straight": ("straight line", (0, (1, 3)))}
 
 
@@ -65,10 +73,13 @@ def smooth(curve, width):
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def draw_curves(plt, rows, styles, path, width, baselines=BASELINES, true_history=True):
+def draw_curves(
+    plt, rows, styles, path, width, baselines=BASELINES, true_history=True, trained=TRAINED
+):
     """One panel for each metric: score against frame, smoothed over `width` frames.
 
-    styles and baselines: as HISTORIES and BASELINES. true_history: draw the dashed lines.
+    styles and baselines: as HISTORIES and BASELINES. true_history: draw the dashed lines. trained:
+    frames of a training clip, for the mark.
     """
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
     for axis, (metric, column) in zip(axes, COLUMNS.items()):
@@ -79,14 +90,14 @@ def draw_curves(plt, rows, styles, path, width, baselines=BASELINES, true_histor
             curve = smooth(scores_of(rows[name])[0, :, column].numpy(), width)
             axis.plot(curve, color="#555555", linewidth=1, linestyle=dashes, label=label)
 
-        axis.axvline(TRAINED, color="#999999", linewidth=0.8)
+        axis.axvline(trained, color="#999999", linewidth=0.8)
         axis.set_title(metric, loc="left", fontsize=11)
         axis.set_xlabel("frame")
         axis.set_xlim(0, scores_of(rows[name]).shape[1] - 1)
         axis.set_ylim(0, 102)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelleft=True)
-    axes[0].text(TRAINED, 9, " training clips end", fontsize=8, color="#777777")
+    axes[0].text(trained, 9, " training clips end", fontsize=8, color="#777777")
     lines, labels = axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98),
                   ncols=len(lines), frameon=False, fontsize=9)  # fmt: skip
@@ -154,6 +165,9 @@ def main(argv):
     draw_curves(plt, table_1, RIVALS, path, SMOOTH, baselines={}, true_history=False)
     draw_curves(plt, read_rows(RESULTS / "long.json"), MODELS, out / "long.png", 9 * SMOOTH)
     draw_shift(plt, read_rows(RESULTS / "fig-6.json"), out / "fig-6.png")
+    path = out / "fig-7.png"
+    fig_7 = read_rows(RESULTS / "fig-7.json")
+    draw_curves(plt, fig_7, MEMORY, path, SMOOTH, baselines={}, true_history=False, trained=12)
 
 
 if __name__ == "__main__":

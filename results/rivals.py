@@ -49,6 +49,7 @@ from sample import (
 )
 from train import (
     ClipNoise,
+    check_finite,
     clip_gradient,
     load_batches,
     make_optimizers,
@@ -58,8 +59,9 @@ from train import (
 )
 
 STEPS = 4  # solver steps of a frame, and noise levels of a distilled student
-SAMPLE_SHIFT = 10.0  # Eq. (7) on them
+SAMPLE_SHIFT = 10.0  # Eq. (7) on the steps of teacher forcing, SkyReels-V2 and the later cures
 GUIDANCE = 1.5  # of the rows that are not distilled
+LEAST = 0.05  # noise level below which model.velocity does not divide by t
 
 
 def solver_times(time_shift, device=None):
@@ -86,43 +88,46 @@ class SeededNoise:
 
 
 def non_decreasing_levels(B, N, rng):
-    """Noise levels (B, N) of SkyReels-V2: one frame's is uniform, earlier lower, later higher.
+    """Noise levels (B, N) of SkyReels-V2: one frame's is logit-normal, as that of the other rows.
 
-    The other levels are uniform below and above it, in order.
+    Those of the earlier frames are of the same distribution below it, those of the later frames
+    above it, both in order.
     """
     frame = (N * rng.rand(B, 1)).long()
     t = rng.rand(B, 1)
     u = rng.rand(B, N)
     place = torch.arange(N, device=t.device)
     levels = torch.where(place < frame, u * t, t + (1 - t) * u)
-    return torch.where(place == frame, t, levels).sort(1).values
+    levels = torch.where(place == frame, t, levels).sort(1).values
+    return torch.special.ndtri(levels).sigmoid()  # of uniform levels: the normal quantile
 
 
 def pipeline_levels(B, N, rng):
-    """Noise levels (B, N) of MAGI-1: clean frames, then a ramp over STEPS frames, then noise.
+    """Noise levels (B, N) of MAGI-1: finished frames, then a ramp over STEPS frames, then noise.
 
-    The first frame of the ramp, and how far it has come, are uniform. In four clips of ten the
-    pipeline has just begun: up to STEPS frames of the ramp are clean, too, as if they were given.
+    The number of finished frames, and how far the ramp has come, are uniform. In four clips of ten
+    the rollout has just begun: the first unfinished frame is not the lowest of the ramp, up to a
+    frame of pure noise right behind the finished ones.
     """
-    first = ((N - STEPS + 1) * rng.rand(B, 1)).long()
+    finished = 1 + ((N - STEPS) * rng.rand(B, 1)).long()
+    missing = ((STEPS + 1) * (2 * rng.rand(B, 1) - 1)).long().clamp(min=0)  # 0 to STEPS
     phase = rng.rand(B, 1)
-    begun = ((STEPS + 1) * (2 * rng.rand(B, 1) - 1)).long().clamp(min=0)  # 0 to STEPS
-    given = (first + begun).clamp(max=N - 1)
     place = torch.arange(N, device=phase.device)
-    ramp = ((place - first + phase) / STEPS).clamp(0, 1)
-    return torch.where(place < given, 0, ramp)
+    ramp = ((place - finished + missing + phase) / STEPS).clamp(0, 1)
+    return torch.where(place < finished, 0, ramp)
 
 
 def diffusion_forcing_loss(model, x, c, t, rng):
     """Eq. (4) where every frame sees the noisy frames before it, and their noise levels.
 
-    x (B, N, C, height, width), t (B, N). Left out are the frames at level 0, which have nothing to
-    learn, and those behind a frame of pure noise, which no rollout has begun yet.
+    x (B, N, C, height, width), t (B, N). Two kinds of frames are left out. Below LEAST a network
+    that predicts x̂ cannot give v, and its error would be most of the loss. In a pipeline no frame
+    is begun behind one of pure noise.
     """
     eps = rng.randn(*x.shape, device=x.device)
     x_t = add_noise(x, eps, t)
     v = model(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1])
-    learned = t > 0
+    learned = t >= LEAST
     learned[:, 1:] &= t[:, :-1] < 1
     learned = learned.to(x.dtype)[..., None, None, None]
     error = ((v - (eps - x)).square() * learned).mean()
@@ -179,7 +184,8 @@ def magi_rollout(net, given, c, frames, seed):
     rng = SeededNoise(seed)
     times = solver_times(net.run["time_shift"], given.device)
     model = Guided(net, torch.zeros_like(c[:1]), GUIDANCE)
-    seen = rollout_window(net.config, net.run["frames"]) + 1 - STEPS  # finished frames in sight
+    window = rollout_window(net.config, net.run["frames"])
+    seen = max(1, window + 1 - STEPS)  # finished frames in sight
     known = given
     x = given[:, :0]  # the frames in flight, the first to finish first
     taken = []  # solver steps that each of them has taken
@@ -283,9 +289,10 @@ def student_frames(net, times, noise, c, history, cache, first, last_step, rng):
     """Denoise frame after frame in few steps: x̂, then fresh noise of the next level, and so on.
 
     times: the noise levels, from `solver_times`. noise (B, N, C, height, width). history: finished
-    frames to write into the cache. Every frame stops at step `last_step` of STEPS. Only that step's
-    pass has a gradient, where gradients are enabled; the cache has none. Yields x̂
-    (B, 1, C, height, width), which is the next history.
+    frames to write into the cache. Every frame stops after step `last_step`: STEPS - 1 in sampling,
+    random in training (the exit step of Self Forcing). Only that step's pass has a gradient, where
+    gradients are enabled; the cache has none. Yields x̂ (B, 1, C, height, width), which is the next
+    history.
     """
     times = times.to(noise.device)
     gradient = torch.is_grad_enabled()
@@ -294,7 +301,7 @@ def student_frames(net, times, noise, c, history, cache, first, last_step, rng):
         for step in range(last_step + 1):
             t = times[step].expand(len(x), 1)
             last = step == last_step
-            if step == 0 or not (last and gradient):
+            if step == 0 or not (last and gradient):  # the first pass writes the history
                 with torch.no_grad():
                     v = net(x, t, c, history, cache, first + i)
                 history = None
@@ -311,7 +318,7 @@ def student_frames(net, times, noise, c, history, cache, first, last_step, rng):
 
 
 def dmd_loss(clean, t, eps, real, fake):
-    """Distribution matching: its gradient moves clips from where the fake model sees them.
+    """Distribution matching: its gradient moves clips from the fake model's estimate to the real's.
 
     clean (B, 1, C, height, width): the student's clips, with gradient. t (B, 1), eps: noise for
     both judges. real, fake: v = model(x, t), of the data and of the student's clips. The gradient
@@ -525,7 +532,8 @@ def train(args):
         if loss is None:
             continue
         loss.backward()
-        clip_gradient(net, run)
+        norm = clip_gradient(net, run)
+        check_finite(loss.item(), norm, step, run)
         set_learning_rate(optimizers, step, run)
         for optimizer in optimizers:
             optimizer.step()
@@ -553,8 +561,8 @@ def parse(argv):
     add("--ema", type=bounded_float(0, 0.999999),
         help="decay of the averaged weights (default: 0.99 in a distilled row, else the run's)")
     add("--seed", type=seed_int, default=0, help="default: %(default)s")
-    add("--student-shift", type=positive_float, default=10.0,
-        help="Eq. (7) on the noise levels of a distilled row (default: %(default)s)")
+    add("--student-shift", type=positive_float,
+        help="Eq. (7) on the noise levels of a distilled row (default: 1 for causvid, else 10)")
     add("--fake-lr", type=positive_float, default=2e-4,
         help="of the fake model (default: %(default)s)")
     add("--teacher-guidance", type=nonnegative_float, default=1.5,
@@ -567,6 +575,8 @@ def parse(argv):
         args.lr = 2e-4 if distilled else 5e-3
     if args.ema is None and distilled:
         args.ema = 0.99
+    if args.student_shift is None:
+        args.student_shift = 1.0 if args.method == "causvid" else 10.0
     return args
 # fmt: on
 
