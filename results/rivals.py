@@ -374,7 +374,10 @@ class Distillation:
         return dmd_loss(clips, t, eps, lambda x, t: real(x, t, c), lambda x, t: self.fake(x, t, c))
 
     def train_fake(self, clips, c, rng):
-        """One step of flow matching on the student's clips."""
+        """One step of flow matching on the student's clips, at the noise levels of its teacher.
+
+        Self Forcing draws the uniform levels of DMD; here students then kept less motion.
+        """
         with torch.enable_grad():
             flow_matching_loss(self.fake, clips, c, None, self.time_shift, rng).backward()
         torch.nn.utils.clip_grad_norm_(self.fake.parameters(), 1.0)
