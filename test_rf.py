@@ -4380,7 +4380,7 @@ def test_the_pipeline_is_trained_on_the_levels_of_its_rollout():
 
 def test_a_frame_behind_pure_noise_is_not_learned():
     net, (x, _, t, c) = tiny(), clip()
-    t[:] = torch.tensor([0, 0, 0.5, 1, 1, 1])
+    t[:] = torch.tensor([0, 0.03, 0.5, 1, 1, 1])  # nor one below LEAST
     loss = rivals.diffusion_forcing_loss(net, x, c, t, Noise())
     eps = Noise().randn(*x.shape)
     x_t = add_noise(x, eps, t)
@@ -4584,6 +4584,22 @@ def test_a_rival_is_trained_and_measured(method, table_1, capsys):
     passes = {"magi": 2 * 33 / 30} | dict.fromkeys(rivals.DISTILLED, 4)  # guidance doubles
     assert row["passes"] == pytest.approx(passes.get(method, 8), abs=0.01)
     assert row["milliseconds"] > 0
+
+
+def test_the_defaults_of_a_rival_are_those_of_the_table(table_1):
+    """table-1.sh gives no flags: a rate, EMA, levels and momentum for each kind of row."""
+    wanted = {"causvid": (2e-4, 0.99, 1.0), "longlive": (2e-4, 0.99, 10.0)}
+    for method in rivals.METHODS:
+        run = rivals.parse(f"{method} --init x --out x --teacher {table_1}/real-0".split())
+        known = wanted["causvid" if method == "causvid" else "longlive"]
+        assert run.fake_lr == 2e-4 and run.steps == 1800
+        if method not in rivals.DISTILLED:
+            assert (run.lr, run.muon_lr, run.ema) == (5e-3, 0.015, None)
+            continue
+        assert (run.lr, run.ema, run.student_shift) == known
+        run.frames, run.time_shift = 6, 3.0
+        [group] = rivals.METHODS[method](run).optimizer.param_groups
+        assert group["betas"] == (0.9 if method == "causvid" else 0.0, 0.999)
 
 
 def test_the_fake_model_learns_at_every_step_and_the_student_at_every_fifth(table_1):

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Sprites, paint
 from data import measure as measure_video
-from results.rivals import GUIDANCE, ROLLOUTS, SAMPLE_SHIFT, STEPS, plain_rollout
+from results.rivals import GUIDANCE, ROLLOUTS, SAMPLE_SHIFT, STEPS, plain_rollout, window_of
 from sample import (
     GIVEN,
     bounded_int,
@@ -45,7 +45,6 @@ from sample import (
     measure_sampler,
     new_parser,
     positive_int,
-    rollout_window,
     run_main,
     samples_folder,
     standard_error,
@@ -117,7 +116,7 @@ def measure_run(run, net, roll_out, frames, videos, true_history):
 
     on_truth = None
     if true_history:
-        sampler = (STEPS, SAMPLE_SHIFT, GUIDANCE, rollout_window(net.config, flags["frames"]))
+        sampler = (STEPS, SAMPLE_SHIFT, GUIDANCE, window_of(net))
         _, _, on_truth = evaluate(net, frames, videos, *sampler, true_history=True)
 
     return {

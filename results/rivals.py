@@ -184,8 +184,7 @@ def magi_rollout(net, given, c, frames, seed):
     rng = SeededNoise(seed)
     times = solver_times(net.run["time_shift"], given.device)
     model = Guided(net, torch.zeros_like(c[:1]), GUIDANCE)
-    window = rollout_window(net.config, net.run["frames"])
-    seen = max(1, window + 1 - STEPS)  # finished frames in sight
+    seen = max(1, window_of(net) + 1 - STEPS)  # finished frames in sight
     known = given
     x = given[:, :0]  # the frames in flight, the first to finish first
     taken = []  # solver steps that each of them has taken
@@ -451,9 +450,14 @@ class LongLive(SelfForcing):
 # ---- training, sampling and measuring a row ----
 
 
+def window_of(net):
+    """History frames in sight of a run's network: as many as in its training."""
+    return rollout_window(net.config, net.run["frames"])
+
+
 def plain_rollout(net, given, c, frames, seed):
     """The rollout of sample.py: yields each new frame (B, 1, C, height, width)."""
-    window = rollout_window(net.config, net.run["frames"])
+    window = window_of(net)
     return generate(net, [(0, c)], given, frames, STEPS, SAMPLE_SHIFT, GUIDANCE, window, seed=seed)
 
 
@@ -461,7 +465,7 @@ def plain_rollout(net, given, c, frames, seed):
 def student_rollout(net, given, c, frames, seed, sink=0):
     """A distilled student: STEPS passes a frame, without guidance, which its teacher had."""
     rng = SeededNoise(seed)
-    cache = WindowCache(net.config, len(given), rollout_window(net.config, net.run["frames"]), sink)
+    cache = WindowCache(net.config, len(given), window_of(net), sink)
     times = solver_times(net.run["student_shift"])
     x = rng.randn(len(given), frames - given.shape[1], *given.shape[2:], device=given.device)
     first = given.shape[1]

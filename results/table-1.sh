@@ -24,7 +24,8 @@ rival magi warm
 rival error-bank warm
 rival recycle warm
 
-# distilled from the teacher; CausVid's student must know noisy history, so it begins with diffusion forcing
+# distilled from the teacher; CausVid's student must know noisy history, so it begins with
+# diffusion forcing
 rival causvid skyreels --teacher $runs/real-$seed
 rival self-forcing warm --teacher $runs/real-$seed
 rival longlive self-forcing --teacher $runs/real-$seed
