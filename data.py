@@ -884,6 +884,8 @@ def numbered_frames(container, fps, wanted, header):
     packets = container.demux(stream)
     seek = wanted > 0 and header is not None and header.seekable
     if seek:
+        if needs_first_packet(stream.codec_context):
+            next(packets).decode()
         first = header.first
         packets = packets_before(container, header.latest_pts(wanted, fps))
 
@@ -904,6 +906,17 @@ def numbered_frames(container, fps, wanted, header):
             end = number + 1
         yield number, frame
     yield end, None
+
+
+def needs_first_packet(decoder):
+    """Whether frames after a seek are right only if the decoder has read the file's first packet.
+
+    It alone says which x264 wrote a file. ffmpeg decodes H.264 of full chroma in another way if the
+    build was below 151, and wrongly, in grey and green, if it does not know.
+    """
+    return decoder.name == "h264" and (decoder.pix_fmt or "").startswith(
+        ("yuv444", "yuvj444", "gbr")
+    )
 
 
 def has_times(container, frame):

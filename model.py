@@ -67,6 +67,8 @@ PRESETS = {
     ),
 }
 
+LEAST_T = 0.05  # x-prediction divides by t, or by this if t is smaller
+
 
 def rope(width, frames, rows, columns):
     """Angles of 3-D RoPE for positions (n,), (h,), (w,): complex128 (n · h · w, width / 2).
@@ -251,10 +253,10 @@ def velocity(x_t, t, clean):
     """v = (x_t - x) / t, from a noisy frame and the network's estimate x of the clean one.
 
     x_t, clean (B, N, C, height, width), t (B, N). It follows from Eq. (3), x_t = (1 - t) x + t eps,
-    and v = eps - x. t is raised to 0.05: otherwise an error of x at small t would dominate the loss
-    of v (arXiv 2511.13720).
+    and v = eps - x. t is raised to LEAST_T: otherwise an error of x at small t would dominate the
+    loss of v (arXiv 2511.13720).
     """
-    return (x_t - clean) / t.clamp(min=0.05)[..., None, None, None]
+    return (x_t - clean) / t.clamp(min=LEAST_T)[..., None, None, None]
 
 
 def unpatchify(x, config, rows):

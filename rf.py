@@ -1,10 +1,17 @@
 """Resampling Forcing (arXiv 2512.15702): train a video model to continue its own, imperfect frames.
 
 Time runs one way: t = 0 is a clean frame, t = 1 is noise, and the network predicts the velocity
-v = eps - x. Everything here needs one call, `v = model(x, t, c, history, cache, first)`, and
-`model.cache(batch, frames)`: the noisy frames x, numbered from `first`, attend to `history`;
-`cache` holds the frames before the history. Teacher forcing, self-resampling and generation are one
-function, `rollout`, started at t = 0, at t_s and at t = 1.
+v = eps - x. Everything here needs one call of the network and one method:
+
+    v = model(x, t, c, history=None, cache=None, first=0)
+    cache = model.cache(batch, frames)
+
+The noisy frames x, at levels t, are numbered first, first + 1, ... Each attends to itself and to
+the finished frames of smaller numbers, which count as t = 0: those in the cache, numbered from 0,
+and then `history`, which the call appends to the cache. Without a cache, the history begins at 0.
+
+Self-resampling and generation are one function, `rollout`, from noise level t_s and from t = 1.
+From t = 0 it would return its input, which is teacher forcing.
 
 B videos, N noisy frames, M history frames, C channels, L words. A frame may be a chunk of latent
 frames folded into its channels. Frames are (B, N, C, height, width), conditions c (B, L, text_dim).

@@ -847,6 +847,8 @@ def load_batches(data, start, rank, world, args, device):
         num_workers=workers,
         generator=torch.Generator(),
         pin_memory=device.type == "cuda",
+        # a group has threads, and what is forked beside threads may wait for ever for their locks
+        multiprocessing_context="forkserver" if workers and world > 1 else None,
         worker_init_fn=leave_signals_to_parent,
     )
     try:

@@ -366,7 +366,10 @@ def overall_table(rows):
 
 
 def costs_table(rows):
-    """What each row costs in training and in sampling; "-" is nothing, or not measured."""
+    """What each row costs in training and in sampling; "-" is nothing, or not measured.
+
+    *seeds* counts those whose milliseconds were measured.
+    """
     lines = [
         "| | seeds | minutes | its teacher's | passes a frame | ms a frame |",
         "|---|---|---|---|---|---|",
@@ -376,7 +379,8 @@ def costs_table(rows):
         for column, digits in COSTS.items():
             costs = [measured[column] for measured in seeds.values() if measured.get(column)]
             cells.append(f"{np.mean(costs):.{digits}f}" if costs else "-")
-        lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
+        timed = sum("milliseconds" in measured for measured in seeds.values())
+        lines.append(f"| {name} | {timed} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -33,7 +33,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Sprites, fold
-from model import CausalDiT, Config, WindowCache, load_checkpoint, load_weights, read_checkpoint
+from model import (
+    LEAST_T,
+    CausalDiT,
+    Config,
+    WindowCache,
+    load_checkpoint,
+    load_weights,
+    read_checkpoint,
+)
 from rf import Guided, add_noise, flow_matching_loss, shift
 from sample import (
     GIVEN,
@@ -61,7 +69,6 @@ from train import (
 STEPS = 4  # solver steps of a frame, and noise levels of a distilled student
 SAMPLE_SHIFT = 10.0  # Eq. (7) on the steps of teacher forcing, SkyReels-V2 and the later cures
 GUIDANCE = 1.5  # of the rows that are not distilled
-LEAST = 0.05  # noise level below which model.velocity does not divide by t
 
 
 def solver_times(time_shift, device=None):
@@ -120,14 +127,14 @@ def pipeline_levels(B, N, rng):
 def diffusion_forcing_loss(model, x, c, t, rng):
     """Eq. (4) where every frame sees the noisy frames before it, and their noise levels.
 
-    x (B, N, C, height, width), t (B, N). Two kinds of frames are left out. Below LEAST a network
+    x (B, N, C, height, width), t (B, N). Two kinds of frames are left out. Below LEAST_T a network
     that predicts x̂ cannot give v, and its error would be most of the loss. In a pipeline no frame
     is begun behind one of pure noise.
     """
     eps = rng.randn(*x.shape, device=x.device)
     x_t = add_noise(x, eps, t)
     v = model(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1])
-    learned = t >= LEAST
+    learned = t >= LEAST_T
     learned[:, 1:] &= t[:, :-1] < 1
     learned = learned.to(x.dtype)[..., None, None, None]
     error = ((v - (eps - x)).square() * learned).mean()
