@@ -847,8 +847,7 @@ def load_batches(data, start, rank, world, args, device):
         num_workers=workers,
         generator=torch.Generator(),
         pin_memory=device.type == "cuda",
-        # a group has threads, and what is forked beside threads may wait for ever for their locks
-        multiprocessing_context="forkserver" if workers and world > 1 else None,
+        multiprocessing_context=start_method(workers, world),
         worker_init_fn=leave_signals_to_parent,
     )
     try:
@@ -860,6 +859,16 @@ def load_batches(data, start, rank, world, args, device):
         if world == 1:
             raise
         raise RuntimeError(one_line(error)) from error  # so that torchrun ends the others, too
+
+
+def start_method(workers, world):
+    """How the loader starts its workers; None: as the platform does.
+
+    A process group has threads, and a process forked beside them may wait for ever for a lock that
+    one of them held.
+    """
+    threads = world > 1
+    return "forkserver" if workers and threads and hasattr(os, "fork") else None
 
 
 def leave_signals_to_parent(worker):

@@ -97,10 +97,12 @@ def draw_curves(
         axis.set_ylim(0, 102)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelleft=True)
+    if true_history and any(on_true_history(rows[name]) for name in styles):
+        axes[0].plot([], [], color="#555555", linewidth=0.9, linestyle="--", label="true history")
     axes[0].text(trained, 9, " training clips end", fontsize=8, color="#777777")
     lines, labels = axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98),
-                  ncols=len(lines), frameon=False, fontsize=9)  # fmt: skip
+                  ncols=len(lines), columnspacing=1.2, frameon=False, fontsize=9)  # fmt: skip
     save(figure, path)
 
 
