@@ -1,4 +1,5 @@
-# AdamW against Muon, three learning rates each, and v against x; teacher forcing, equal minutes.
+# Teacher forcing: AdamW against Muon, three learning rates each, in equal minutes; v against x, in
+# equal steps.
 #
 #   bash results/optimizers.sh 0
 #
