@@ -4808,6 +4808,50 @@ def test_the_curves_are_drawn(tmp_path):
         assert picture.std() > 10, name
 
 
+FAKE_PYTHON = """#!/bin/sh
+printf '%s\\037' "$@" >> "$COMMANDS"; echo >> "$COMMANDS"
+while [ $# -gt 0 ]; do
+    if [ "$1" = --out ]; then mkdir -p "$2" && touch "$2/routing.png"; fi
+    shift
+done
+"""
+
+
+def commands_of(script, *arguments, folder):
+    """What results/SCRIPT.sh runs, [[word, ...], ...], with a python that only makes --out."""
+    (folder / "bin").mkdir()
+    (folder / "results").mkdir()
+    for name in (script, "common"):
+        shutil.copy(HERE / f"results/{name}.sh", folder / "results")
+    (folder / "bin/python").write_text(FAKE_PYTHON)
+    (folder / "bin/python").chmod(0o755)
+    paths = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "COMMANDS": str(folder / "commands")}
+    command = ["bash", str(folder / f"results/{script}.sh"), *arguments]
+    subprocess.run(command, check=True, env=os.environ | paths, cwd=folder)
+    return [line.split("\037")[:-1] for line in (folder / "commands").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", ["table-1", "fig-6", "fig-7", "optimizers", "fig-8", "box"])
+def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
+    """A script without a SEED trains with the default one."""
+    takes_seed = script not in ("fig-8", "box")
+    (tmp_path / "runs/table-1/ours-5").mkdir(parents=True)  # fig-6.sh links it
+    commands = commands_of(script, *(["5"] if takes_seed else []), folder=tmp_path)
+    parsers = {"train.py": train.parse, "results/rivals.py": rivals.parse}
+    parsers |= {"results/evidence.py": evidence.parse, "sample.py": sample.parse}
+    made = {"runs/fig-6/s-0.6-5"}  # the link
+    for program, *words in commands:
+        if program in parsers:
+            args = parsers[program](words)
+        if program in ("train.py", "results/rivals.py"):
+            assert args.seed == (5 if takes_seed else 0), words
+            assert str(args.out).endswith("-5") or not takes_seed, words
+            made.add(str(args.out))
+        if program == "results/evidence.py" and takes_seed and words[0] != "baselines":
+            assert {str(run) for run in args.runs} <= made, "measures what it made"
+    assert sum(words[0] in ("train.py", "results/rivals.py") for words in commands) >= 3
+
+
 # ---- results/small_things.py ----
 
 
