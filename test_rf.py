@@ -4809,7 +4809,8 @@ def test_the_curves_are_drawn(tmp_path):
 
 
 FAKE_PYTHON = """#!/bin/sh
-printf '%s\\037' "$@" >> "$COMMANDS"; echo >> "$COMMANDS"
+line=$(printf '%s\\037' "$@")
+echo "$line" >> "$COMMANDS"  # in one write: box.sh runs two side by side
 while [ $# -gt 0 ]; do
     if [ "$1" = --out ]; then mkdir -p "$2" && touch "$2/routing.png"; fi
     shift
