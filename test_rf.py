@@ -4819,7 +4819,7 @@ done
 
 
 def commands_of(script, *arguments, folder):
-    """What results/SCRIPT.sh runs, [[word, ...], ...], with a python that only makes --out."""
+    """Run results/SCRIPT.sh with a python that only makes --out. Returns [[word, ...], ...]."""
     (folder / "bin").mkdir()
     (folder / "results").mkdir()
     for name in (script, "common"):
