@@ -39,6 +39,7 @@ class Config:
     top_k: int | None = None  # history frames that a token picks, Eq. (9); None: all
     window: int | None = None  # history frames that a frame sees, in training too; None: all
     predict: str = "v"  # what the head returns: the velocity v, or "x", the clean frame
+    detail: int = 0  # channels of the convolutions behind the head; 0: there are none
     eps: float = 1e-6
 
     def __post_init__(self):
@@ -47,6 +48,8 @@ class Config:
         for name, value in vars(self).items():
             if name == "predict" or (value is None and name in ("top_k", "window")):
                 continue
+            if name == "detail" and value == 0:
+                continue
             if not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name} is {value}; wanted a number above 0")
         if self.dim % (2 * self.heads):
@@ -54,6 +57,11 @@ class Config:
                 f"dim {self.dim} cannot be split into {self.heads} heads of an even width; "
                 f"a dim of {-(-self.dim // (2 * self.heads)) * 2 * self.heads} would work"
             )
+
+    @property
+    def detail_scale(self):
+        """Pixels along a side of what `DetailHead` convolves: 2, or 1 if the patch is odd."""
+        return 2 - self.patch % 2
 
 
 PRESETS = {
@@ -243,6 +251,43 @@ class Head(nn.Module):
         return self.head(modulate(self.norm(x), shift, scale))
 
 
+class DetailHead(nn.Module):
+    """Four 3 x 3 convolutions that refine the tokens' estimate of each noisy frame.
+
+    A token draws its patch alone, from D numbers. The convolutions see the estimate and x_t across
+    the borders of patches, as in DiP (arXiv 2511.18822). They see one frame: given the history's
+    pixels, too, they copy its errors on, and rollouts fall apart.
+    They run at half the resolution, or at the whole one where the patch is odd.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = config.detail_scale
+        width = config.detail
+        values = config.chunk * config.channels * self.scale**2
+        self.modulation = nn.Linear(config.dim, 2 * width)
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(2 * values, width, 3, padding=1),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.Conv2d(width, values, 3, padding=1),
+            ]
+        )
+
+    def forward(self, x_t, out, e):
+        """x_t, out (B, N, C, height, width), e (B, N, D) -> the refined out."""
+        shift, scale = self.modulation(e).flatten(0, 1)[..., None, None].chunk(2, dim=1)
+        first, *inner, last = self.layers
+
+        z = torch.cat([x_t, out], dim=2).flatten(0, 1).to(first.weight.dtype)
+        z = F.pixel_unshuffle(z, self.scale)  # (B · N, channels, rows, columns)
+        z = F.gelu(modulate(first(z), shift, scale))
+        for layer in inner:
+            z = F.gelu(layer(z))
+        return out + F.pixel_shuffle(last(z), self.scale).unflatten(0, out.shape[:2])
+
+
 def patchify(x, config):
     """Frames (B, F, chunk · C, height, width) -> tokens (B, F, P, C · patch · patch)."""
     sizes = {"t": config.chunk, "p": config.patch, "q": config.patch}
@@ -290,10 +335,12 @@ class CausalDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.head = Head(config)
+        if config.detail:
+            self.detail = DetailHead(config)
         self.initialize()
 
     def initialize(self):
-        """Initialize as Wan does; the head of a new network returns 0."""
+        """Initialize as Wan does; a new network returns 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -302,6 +349,9 @@ class CausalDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
+        if self.config.detail:
+            nn.init.zeros_(self.detail.layers[-1].weight)
+            nn.init.zeros_(self.detail.layers[-1].bias)
 
     def forward(self, x, t, c, history=None, cache=None, first=0, history_t=None):
         """Predict v = eps - x of noisy frames; each attends to itself and to the history before it.
@@ -359,7 +409,9 @@ class CausalDiT(nn.Module):
             cache.length += M
         with torch.autocast(device.type, enabled=False):
             out = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
-        out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
+            out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
+            if config.detail:
+                out = self.detail(x_t.to(out.dtype), out, e[:, M:])
         return out if config.predict == "v" else velocity(x_t, t, out)
 
     def cache(self, batch, frames, window=None, sink=0):

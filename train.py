@@ -398,6 +398,9 @@ def add_network_flags(add):
     add("--predict", choices=("v", "x"),
         help="what the network's last layer returns: the velocity v, or the clean frame x, for "
              "patches of more values than --dim (default: the preset's: x; Wan: v)")
+    add("--detail", type=bounded_int(0, 2**16),
+        help="channels of the convolutions behind the tokens, which sharpen pixels: try 32 "
+             "(default: the preset's: 0, none)")
     add("--chunk", type=bounded_int(1, 1024),
         help="latent frames in an autoregressive frame; the paper: 3 (default: the preset's)")
     add("--top-k", type=positive_int,
@@ -892,6 +895,7 @@ def make_config(args, data):
         "patch": args.patch,
         "chunk": args.chunk,
         "predict": args.predict,
+        "detail": args.detail,
         "top_k": args.top_k,
         "window": args.window,
         "channels": data.channels if data else None,
@@ -1250,7 +1254,16 @@ def flops(config, N, M, P, words):
     last_history = 4 * D * D * M * P  # only keys and values are computed of it in the last block
     ends = values * (2 * N + M) * P
     ends += (config.text_dim + D) * words + (config.freq_dim + 7 * D) * (N + M)
-    return config.layers * block + (config.layers - 1) * history + last_history + 2 * D * ends
+    blocks = config.layers * block + (config.layers - 1) * history + last_history
+    return blocks + 2 * D * ends + N * detail_flops(config, P)
+
+
+def detail_flops(config, P):
+    """FLOPs of `model.DetailHead` on a frame of P tokens."""
+    W, scale = config.detail, config.detail_scale
+    values = config.chunk * config.channels * scale**2
+    places = P // config.chunk * config.patch**2 // scale**2
+    return 2 * (places * 9 * W * (3 * values + 2 * W) + config.dim * 2 * W)
 
 
 def attended_frames(config, n):
@@ -1292,6 +1305,9 @@ def plan(args, config, words, world):
     clips = args.batch // world // args.accumulate
     token = 60 * config.dim + 6 * config.ffn_dim  # bytes that a block keeps of a token
     kept = 4 * config.dim * config.layers + token if args.recompute else token * config.layers
+    values = config.chunk * config.channels * config.detail_scale**2
+    place = 4 * (2 * values + 7 * config.detail) if config.detail else 0  # of the convolutions
+    places = N * args.height * args.width // config.detail_scale**2
 
     shards = world if args.fsdp else 1
     gathered = 0
@@ -1303,7 +1319,7 @@ def plan(args, config, words, world):
         "moments": moments / shards,
         "average": weights / shards,
         "gathered weights": gathered,
-        "activations": clips * (2 * N - 1) * P * kept,
+        "activations": clips * ((2 * N - 1) * P * kept + places * place),
         "cache": 4 * clips * config.layers * N * P * config.dim,
     }
     return Cost(weights // 4, teacher, resample, memory)
