@@ -45,10 +45,9 @@ class Config:
     def __post_init__(self):
         if self.predict not in ("v", "x"):
             raise ValueError(f'predict is {self.predict!r}; wanted "v" or "x"')
+        unused = {"top_k": None, "window": None, "detail": 0}
         for name, value in vars(self).items():
-            if name == "predict" or (value is None and name in ("top_k", "window")):
-                continue
-            if name == "detail" and value == 0:
+            if name == "predict" or (name in unused and value == unused[name]):
                 continue
             if not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name} is {value}; wanted a number above 0")
@@ -411,7 +410,7 @@ class CausalDiT(nn.Module):
             out = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
             out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
             if config.detail:
-                out = self.detail(x_t.to(out.dtype), out, e[:, M:])
+                out = self.detail(x_t, out, e[:, M:])
         return out if config.predict == "v" else velocity(x_t, t, out)
 
     def cache(self, batch, frames, window=None, sink=0):
