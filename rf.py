@@ -63,18 +63,19 @@ def motion_weight(history, amount, reach=4):
 
     history (B, N - 1, C, height, width). The weight of a pixel of frame i is
     (1 + amount m / mean(m)) / (1 + amount), where m is the largest change within `reach` pixels
-    from frame i - 2 to frame i - 1 of the history, and the mean is that of the clip. It is 1 in the
-    first two frames, and in a clip that stands still.
+    from frame i - 2 to frame i - 1 of the history, and the mean is over the frame. It is 1 in the
+    first two frames, and where a frame of the history repeats the one before it.
 
-    The weight depends only on what the network sees, so that the minimizer of the loss, the mean of
-    v, stays where it is. Weighing by the change to frame i itself would favour change: the model
-    then paints copies of what moves.
+    The weight of frame i depends only on what the network sees when it predicts frame i, so that
+    the minimizer of the loss, the mean of v, stays where it is. Weighing by the change to frame i
+    itself would favour change: the model then paints copies of what moves.
     """
-    if history.shape[1] < 2:
-        return history.new_ones(1)
+    B, M, _, height, width = history.shape
+    if M < 2:
+        return history.new_ones(B, M + 1, 1, height, width)
     change = (history[:, 1:] - history[:, :-1]).abs().mean(2)  # (B, N - 2, height, width)
     change = F.max_pool2d(change, 2 * reach + 1, stride=1, padding=reach)
-    mean = change.mean((1, 2, 3), keepdim=True)
+    mean = change.mean((2, 3), keepdim=True)
     relative = torch.where(mean > 1e-6, change / mean.clamp(min=1e-6), 1.0)
     weight = (1 + amount * relative) / (1 + amount)
     return F.pad(weight, (0, 0, 0, 0, 2, 0), value=1.0)[:, :, None]

@@ -225,10 +225,12 @@ def test_the_loss_can_weigh_what_moves():
     c = torch.zeros(2, 1, 5)
     exact = Exact(x, torch.full((4,), 0.5))
     assert abs(flow_matching_loss(exact, x, c, x[:, :-1], motion=4.0) - 0.25) < 1e-5
-    stops = x[:, [0, 1, 1]]  # weights of frames 2 and 3 of its clip: 1.8 and 0.2
-    third = Exact(x, torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    loss = flow_matching_loss(third, x, c, stops, motion=4.0)
-    assert abs(loss - (1.8 + 1) / 2 / 4) < 1e-5, "the history decides"
+    exact.error = torch.randn(2, 4, 3, 24, 24)
+    loss = flow_matching_loss(exact, x, c, x[:, :-1], motion=4.0)
+    assert close(loss, (weight * exact.error**2).mean(), 1e-4)
+
+    stops = rf.motion_weight(x[:, [0, 1, 1]], 4.0)  # in frame 2, which frame 2 must not know
+    assert torch.equal(stops[:, :3], weight[:, :3]) and (stops[:, 3] == 1).all()
     for frames in (1, 2):  # nothing to see yet
         short = Exact(x[:, :frames], torch.full((frames,), 0.5))
         loss = flow_matching_loss(short, x[:, :frames], c, x[:, : frames - 1], motion=4.0)
