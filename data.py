@@ -387,7 +387,7 @@ class Videos(Folder):
     def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, workers=None, memory=2**30):
         self.size = size
         self.frames = frames
-        self.rate = fps
+        self.read_at = fps
         self.stride = stride
         self.seed = seed
         self.memory = memory
@@ -435,7 +435,7 @@ class Videos(Folder):
     def decode(self, number, start):
         """Decode T frames of a file: (T, height, width, 3) uint8."""
         path, header = self.files[number], self.headers[number]
-        reader = read_frames(path, self.size, self.rate, self.stride, start, header)
+        reader = read_frames(path, self.size, self.read_at, self.stride, start, header)
         pictures = list(islice(reader, self.frames))
         if len(pictures) < self.frames:
             raise ValueError(
@@ -617,7 +617,7 @@ def match_sprites(picture, S, wall):
     Every colour, shape and pixel is a candidate; a colour is used once. Returns at (F, S, 2), shape
     and colour (F, S), there (F, S) bool.
     """
-    F_, size = len(picture), picture.shape[-1]
+    count, size = len(picture), picture.shape[-1]
     radius = radius_of(size)
     energy = colour_energy()
     kernel = templates(size)
@@ -630,8 +630,8 @@ def match_sprites(picture, S, wall):
 
     # share of each pixel that no sprite found so far and no wall hides: (F, 1, size, size)
     free = ~wall_columns(size) if wall else torch.ones(size)
-    free = free.expand(F_, 1, size, -1).float()
-    taken = torch.zeros(F_, len(PALETTE), dtype=torch.bool)
+    free = free.expand(count, 1, size, -1).float()
+    taken = torch.zeros(count, len(PALETTE), dtype=torch.bool)
 
     found = []
     for s in range(S):
@@ -653,7 +653,7 @@ def match_sprites(picture, S, wall):
         there = (score > 0.25 * seen) & (seen > 0.05 * alpha.sum((1, 2, 3)))
 
         found.append((at, shape, colour, there))
-        taken[torch.arange(F_), colour] = True
+        taken[torch.arange(count), colour] = True
         free = free * (1 - alpha * there[:, None, None, None])
     return [torch.stack(z, 1) for z in zip(*found)]
 
@@ -1216,9 +1216,7 @@ class Encoder:
 
     def write(self, pictures):
         for picture in pictures:
-            height, width = (
-                side // 2 * 2 for side in picture.shape[:2]
-            )  # yuv420p needs even sides
+            height, width = (side // 2 * 2 for side in picture.shape[:2])  # even, for yuv420p
             picture = np.ascontiguousarray(picture[:height, :width])
             if self.count == 0:
                 self.stream.height, self.stream.width = height, width

@@ -13,6 +13,7 @@ head, L words.
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -293,6 +294,15 @@ def patchify(x, config):
     return rearrange(x, "b f (t c) (h p) (w q) -> b f (t h w) (c p q)", **sizes)
 
 
+def unpatchify(x, config, rows):
+    """Tokens (B, N, P, patch · patch · C) -> frames (B, N, chunk · C, height, width).
+
+    Wan's head orders the values of a token differently from its patch embedding.
+    """
+    sizes = {"t": config.chunk, "h": rows, "p": config.patch, "q": config.patch}
+    return rearrange(x, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", **sizes)
+
+
 def velocity(x_t, t, clean):
     """v = (x_t - x) / t, from a noisy frame and the network's estimate x of the clean one.
 
@@ -303,20 +313,11 @@ def velocity(x_t, t, clean):
     return (x_t - clean) / t.clamp(min=LEAST_T)[..., None, None, None]
 
 
-def unpatchify(x, config, rows):
-    """Tokens (B, N, P, patch · patch · C) -> frames (B, N, chunk · C, height, width).
-
-    Wan's head orders the values of a token differently from its patch embedding.
-    """
-    sizes = {"t": config.chunk, "h": rows, "p": config.patch, "q": config.patch}
-    return rearrange(x, "b n (t h w) (p q c) -> b n (t c) (h p) (w q)", **sizes)
-
-
 class CausalDiT(nn.Module):
     """Wan 2.1's text-to-video DiT with a noise level per frame.
 
-    The last layer returns v, or with `predict="x"` the clean frame, from which v follows. At
-    initialization it returns 0.
+    The last layer returns v, or with `predict="x"` the clean frame, from which v follows. That of a
+    new network returns 0.
     """
 
     def __init__(self, config):
@@ -339,7 +340,7 @@ class CausalDiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Initialize as Wan does; a new network returns 0."""
+        """Initialize as Wan does; the last layer of a new network returns 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -376,10 +377,9 @@ class CausalDiT(nn.Module):
             history, history_t = history[:, kept], history_t[:, kept]
             n_cached, cache_first = cache.length, cache.first
 
-        x_t = x
         M, N, device = history.shape[1], x.shape[1], x.device
         height, width = x.shape[3] // config.patch, x.shape[4] // config.patch
-        position = first - cache_first  # of the first noisy frame among the columns
+        position = first - cache_first  # of the first noisy frame, where column 0 has 0
         past, own = sparse_causal_mask(n_cached, M, N, position, device, config.window)
         next_number = cache_first + n_cached
         numbers = (*range(next_number, next_number + M), *range(first, first + N))
@@ -392,26 +392,25 @@ class CausalDiT(nn.Module):
             e = self.time_embedding(sinusoid(1000 * levels, config.freq_dim).to(dtype))  # (B, F, D)
             e6 = self.time_projection(e).unflatten(-1, (6, -1))  # (B, F, 6, D)
         text = self.text_embedding(c.to(dtype))  # (B, L, D)
-        x = patchify(torch.cat([history, x], dim=1), config)  # (B, F, P, C · patch · patch)
-        x = self.patch_embedding(x.to(dtype)).to(dtype)  # (B, F, P, D)
+        patches = patchify(torch.cat([history, x], dim=1), config)  # (B, F, P, C · patch · patch)
+        tokens = self.patch_embedding(patches.to(dtype)).to(dtype)  # (B, F, P, D)
 
         for layer, block in enumerate(self.blocks):
             if layer == config.layers - 1:  # the history's last output is not used
                 past, own = sparse_causal_mask(n_cached + M, 0, N, position, device, config.window)
             if self.recompute and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(
-                x, e6, angles, past, own, text, cache
-            )  # (B, F, P, D); after the last block (B, N, P, D)
+            # (B, F, P, D); after the last block (B, N, P, D)
+            tokens = block(tokens, e6, angles, past, own, text, cache)
 
         if cache is not None:
             cache.length += M
         with torch.autocast(device.type, enabled=False):
-            out = self.head(x, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
+            out = self.head(tokens, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
             out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
             if config.detail:
-                out = self.detail(x_t, out, e[:, M:])
-        return out if config.predict == "v" else velocity(x_t, t, out)
+                out = self.detail(x, out, e[:, M:])
+        return out if config.predict == "v" else velocity(x, t, out)
 
     def cache(self, batch, frames, window=None, sink=0):
         """Make an empty cache for `batch` videos of up to `frames` frames.
@@ -641,7 +640,7 @@ def load_weights(model, weights, path, assign=False):
         model.load_state_dict(weights, assign=assign)
     except Exception as error:  # names all keys that are missing, unknown or of another shape
         wrong = " ".join(str(error).split())
-        wrong = wrong[wrong.find(":") + 2 :]
+        wrong = shorten(wrong[wrong.find(":") + 2 :], 300, placeholder=" ...")
         raise ValueError(f"the weights of {path} are not those of this network: {wrong}") from None
 
 
@@ -662,15 +661,17 @@ DIFFUSERS_NAMES = [  # (theirs, ours), replaced in this order; ours are the orig
 def load_wan(model, path):
     """Load Wan 2.1's weights into a CausalDiT.
 
-    path: an original .pth or .safetensors file, a folder of them or of diffusers' (sharded or
-    not), or a Self-Forcing checkpoint. Raises ValueError that names what is unknown, missing or
-    of another shape.
+    path: an original .pth or .safetensors file, a folder of .safetensors, the original's or
+    diffusers' (sharded or not), or a Self-Forcing checkpoint. Raises ValueError that names what is
+    unknown, missing or of another shape.
     """
     path = Path(path)
     if (path / "transformer").is_dir():
         path = path / "transformer"
     pattern = "diffusion_pytorch_model*.safetensors"
     files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} has no {pattern}; give a folder that has, or a .pth file")
 
     weights = {}
     for file in files:

@@ -139,7 +139,8 @@ def self_resample(model, x, c, s=0.6, steps=1, rng=torch):
     return torch.cat([x[:, :0], *frames], dim=1)
 
 
-# The rows of Table 2: functions of one signature that return a history shaped like x.
+# Teacher forcing and the rows of Table 2: functions of one signature that return a history shaped
+# like x.
 
 
 def teacher_history(model, x, c, s, steps, noise, rng=torch):

@@ -39,9 +39,9 @@ def sparse_causal_mask(n_cached, n_history, n_noisy, first, device=None, window=
 
 
 def describe(k):
-    """phi(K_j) of Eq. (9): the mean key of each frame, (B, H, S, P, E) -> (B, H, S, E), in fp32.
+    """phi(K_j) of Eq. (9): the mean key of each frame, (B, H, S, P, E) -> (B, H, S, E).
 
-    float64 stays float64.
+    In float32, or in float64 if k is.
     """
     return k.mean(dim=-2, dtype=torch.promote_types(k.dtype, torch.float32))
 
@@ -99,7 +99,7 @@ def attend_masked(q, k, v, past, own, top_k=None):
 
 
 def attend(q, k, v, past, own, top_k=None, descriptor=None):
-    """Eq. (8), optimized: the outputs and gradients of `attend_masked`, skipping hidden frames.
+    """Eq. (8), optimized: the outputs and gradients of `attend_masked`, without its full table.
 
     q (B, H, R, P, E); k, v (B, H, S, P, E); past, own from `sparse_causal_mask`; top_k: Eq. (9),
     None for dense history; descriptor: `describe(k)`, precomputed. Returns (B, H, R, P, E).
@@ -203,9 +203,8 @@ def frame_block_mask(past, own, P, size=128):
     no table has an entry per token. Pairs of tokens inside a block look up the frame table.
     """
     seen = past | own
-    area = F.pad(
-        seen.int().cumsum(0).cumsum(1), (1, 0, 1, 0)
-    )  # visible pairs above and to the left
+    area = seen.int().cumsum(0).cumsum(1)  # visible pairs above and to the left
+    area = F.pad(area, (1, 0, 1, 0))
     top, bottom, whole_rows = frames_of_blocks(seen.shape[0], P, size, seen.device)
     left, right, whole_columns = frames_of_blocks(seen.shape[1], P, size, seen.device)
     count = area[bottom][:, right] - area[top][:, right]

@@ -3,7 +3,7 @@
   python sample.py "red circle and blue square"           with the latest run, or the box's weights
   python sample.py "red circle and blue square" --checkpoint runs/001
   python sample.py "red circle and blue square" --given clip.mp4 --frames 100 --window 11
-  python sample.py "red circle" --then 24 "white square"
+  python sample.py "red circle" --then 16 "white square" --frames 32
   python sample.py --eval --frames 48                     print metrics on held-out sprites
   python sample.py --compare runs/a runs/b                evaluate several runs on the same clips
   python sample.py --table runs/a-0 runs/a-1 runs/b-0     average earlier --eval over seeds
@@ -204,8 +204,9 @@ def read_given(args, model, wan):
         print(f"--given-frames {args.given_frames}: {args.given} has {len(clip)}, so all are given")
 
     clip = clip[None]  # (1, T, 3, height, width)
+    read = clip.shape[1]
     if wan:
-        whole = round_up(clip.shape[1], 4) - 3  # 4 n - 3 frames make n latents
+        whole = round_up(read, 4) - 3  # 4 n - 3 frames make n latents
         clip = wan.encode(clip[:, :whole]).cpu()
 
     T = clip.shape[1]
@@ -214,14 +215,19 @@ def read_given(args, model, wan):
             f"--given {args.given} makes {T} frames; wanted {chunk} or more, and fewer than "
             f"--frames {args.frames}; --given-frames takes some of them"
         )
-    return fold(clip[:, : T // chunk * chunk], chunk)
+    whole = T // chunk * chunk
+    used = 4 * whole - 3 if wan else whole
+    if used < read:
+        print(f"the first {used} of {read} frames of {args.given} are used: whole chunks")
+    return fold(clip[:, :whole], chunk)
 
 
 def continue_video(model, video, c, frames, given=2, **settings):
-    """Continue the first `given` frames of a video, on the CPU: (B, frames, C, height, width).
+    """Continue the first `given` frames of the model, that is chunks, of a video.
 
-    video (B, T, C, height, width), c (B, L, text_dim). `frames` counts the result's, single ones;
-    `given` counts the model's, that is chunks. settings: `generate`'s, such as steps and window.
+    video (B, T, C, height, width), c (B, L, text_dim). settings: `generate`'s, such as steps and
+    window. Returns `frames` single frames (B, frames, C, height, width), given ones included, on
+    the CPU.
     """
     chunk = model.config.chunk
     x = fold(video, chunk)[:, :given]
@@ -379,6 +385,10 @@ def run_main(main, argv):
         return main(argv)
     except RunFailed as error:
         stop(one_line(error), 2, refused=False)
+    except torch.OutOfMemoryError as error:
+        wanted = one_line(error).split(". GPU")[0]
+        help = "a smaller batch, fewer frames, --accumulate, --recompute or --fsdp"
+        stop(f"{wanted}; what would help: {help}", 2, refused=False)
     except (ValueError, OSError) as error:
         stop(one_line(error), 2)
     except KeyboardInterrupt:
@@ -412,7 +422,7 @@ def parse(argv):
         help="Euler steps per frame, Eq. (2) (default: 4 for pixels, 32 for latents)")
     add("--first-steps", type=bounded_int(1, 10_000),
         help="Euler steps of the first frame of a video from nothing, the hardest: it has no "
-        "history (default: 16 for pixels, --steps for latents)")
+        "history (default: 16 for pixels, or --steps if that is more; --steps for latents)")
     add("--time-shift", type=positive_float,
         help="s of Eq. (7) for these steps: above 1, more of them at high noise "
         "(default: 10 for pixels, 5 for latents)")
@@ -499,9 +509,16 @@ def refuse_ignored(args):
         others = [name for name in changed if name not in TABLE_FLAGS]
         if others:
             raise ValueError(f"--table prints what --eval saved; leave out {', '.join(others)}")
-    if "videos" in changed and not (args.eval or args.compare):
+    measured = args.eval or args.compare
+    if "samples" in changed and measured:
+        raise ValueError("--eval and --compare make one video of each clip; leave out --samples")
+    if "first_steps" in changed and (args.given or (measured and not args.from_nothing)):
+        raise ValueError(
+            "--first-steps is of a video from nothing, and here frames are given; leave it out"
+        )
+    if "videos" in changed and not measured:
         raise ValueError(f"--videos {args.videos} works with --eval or --compare; add one of them")
-    if "parts" in changed and not (args.eval or args.compare or args.table):
+    if "parts" in changed and not (measured or args.table):
         raise ValueError(
             f"--parts {args.parts} works with --eval, --compare or --table; add one of them"
         )
@@ -736,7 +753,7 @@ def rollout_window(config, frames):
     frame of the model.
     """
     longest = frames // config.chunk - 1
-    if config.window:
+    if config.window:  # a frame's keys are computed one pass later, with `window` frames in sight
         longest = min(longest, config.window + 1)
     return longest or None
 
@@ -897,9 +914,12 @@ def metrics_table(scores, parts=3):
     """Format `data.measure`'s scores (B, T, 3) as a table, by thirds of the video as in Table 1.
 
     The mean over the frames of a part of the mean over videos ± standard error over the videos, "-"
-    for a single one. parts: how many equal parts the video is cut into.
+    for a single one. parts: how many equal parts the video is cut into. Raises ValueError if there
+    are more parts than frames.
     """
     T = scores.shape[1]
+    if parts > T:
+        raise ValueError(f"--parts {parts}: wanted at most one for each of {T} frames")
     columns = {"Temporal": 1, "Visual": 0, "Text": 2}
     lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in columns)]
     edges = [round(i * T / parts) for i in range(parts + 1)]

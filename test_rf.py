@@ -1256,6 +1256,8 @@ def test_wrong_wan_weights_are_named(wan_weights, tmp_path):
     for name in ("wan.pth", "list.pth", "none.pth"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
             model_py.load_wan(net, tmp_path / name)
+    with pytest.raises(ValueError, match="has no diffusion_pytorch_model"):
+        model_py.load_wan(net, tmp_path)
 
 
 @pytest.mark.extras
@@ -2955,6 +2957,21 @@ def test_a_live_run_holds_its_folder_and_sigterm_saves_it(tmp_path, monkeypatch,
     assert checkpoint_of(tmp_path / "runs/001")["step"] == step + 2
 
 
+def test_a_second_ctrl_c_stops_at_once_but_not_under_torchrun(monkeypatch, capsys):
+    for rank, stops in ((None, True), ("0", False)):
+        monkeypatch.delenv("RANK", raising=False)
+        if rank:
+            monkeypatch.setenv("RANK", rank)
+        usual = signal.getsignal(signal.SIGINT)
+        requested = train.StopRequested()
+        signal.raise_signal(signal.SIGINT)
+        assert requested.value
+        assert (signal.getsignal(signal.SIGINT) is usual) == stops
+        requested.restore_handlers()
+        assert signal.getsignal(signal.SIGINT) is usual
+    assert "Ctrl-C again stops at once" in "".join(capsys.readouterr())
+
+
 def test_new_runs_are_numbered(tmp_path, monkeypatch, quick):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -3119,6 +3136,10 @@ def test_the_plan_follows_the_flags():
     assert 2 * halves.memory["activations"] == usual.memory["activations"]
     less = planned(Config(), 7, "--frames", 10, "--recompute")
     assert less.memory["activations"] < usual.memory["activations"]
+    assert abs(usual.ratio - usual.resample / usual.teacher) < 1e-9
+    assert abs(4 * (less.ratio - 1) - 3 * (usual.ratio - 1)) < 1e-9, "a teacher step is longer"
+    bf16 = planned(Config(), 7, "--frames", 10, "--precision", "bf16")
+    assert 2 * bf16.memory["cache"] == usual.memory["cache"]
     adamw = planned(Config(), 7, "--frames", 10, "--optimizer", "adamw")
     of_blocks = CausalDiT(Config()).blocks.state_dict().values()
     saved = adamw.memory["moments"] - usual.memory["moments"]
@@ -3132,14 +3153,17 @@ def one_call(q, k, v, past, own, *_):
 
 
 @pytest.mark.parametrize("layers, detail", ((2, 0), (5, 0), (2, 64)))
-def test_the_plan_counts_the_activations_that_backward_keeps(layers, detail, monkeypatch):
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_the_plan_counts_the_activations_that_backward_keeps(
+    layers, detail, precision, monkeypatch
+):
     monkeypatch.setattr(model_py, "attend", one_call)
     sizes = {"dim": 32, "ffn_dim": 160, "heads": 2, "layers": layers, "patch": 2, "text_dim": 10}
     config = Config(channels=4, detail=detail, **sizes)
-    args = train.parse(["--frames", "6", "--batch", "2"])
+    args = train.parse(["--frames", "6", "--batch", "2", "--precision", precision])
     args.height, args.width = 24, 32
     net, x, c = CausalDiT(config), torch.randn(2, 6, 4, 24, 32), torch.randn(2, 7, 10)
-    with torch.autocast("cpu", torch.bfloat16):
+    with train.autocast(args, torch.device("cpu")):
         kept = bytes_kept(lambda: net(x, torch.rand(2, 6), c, x[:, :-1]))
     assert 0.9 < train.plan(args, config, 7, 1).memory["activations"] / kept < 1.1
 
@@ -3533,6 +3557,14 @@ def test_given_frames_takes_some_and_says_so_where_there_are_fewer(random_run, h
     assert capsys.readouterr().out == "--given-frames 9: clip.gif has 5, so all are given\n"
 
 
+def test_given_frames_beyond_whole_chunks_are_left_out_and_counted(tmp_path, here, capsys):
+    run = make_run(tmp_path / "chunks", {"chunk": 2})
+    args, model = filled(run, "--given", "clip.gif", "--frames", "8")
+    given = sample.read_given(args, model, None)
+    assert torch.equal(unfold(given, 2)[0], read_video("clip.gif", 8)[:4])
+    assert capsys.readouterr().out == "the first 4 of 5 frames of clip.gif are used: whole chunks\n"
+
+
 def test_a_clip_is_read_and_a_video_written_at_the_pace_of_training(here):
     run = make_run(here / "run", rate=5, fps=4.0, stride=2)
     args, model = filled(run, "--given", "clip.gif")
@@ -3618,6 +3650,9 @@ def test_flags_that_are_set_are_kept_and_latents_have_defaults_of_their_own(rand
         (["--table", "run"], "--table prints what --eval saved; leave out checkpoint, steps"),
         (["--videos", "3"], "--videos 3 works with --eval or --compare"),
         (["--parts", "4"], "--parts 4 works with --eval, --compare or --table"),
+        (["--eval", "--samples", "2"], "leave out --samples"),
+        (["--eval", "--first-steps", "2"], "--first-steps is of a video from nothing"),
+        (["--given", "clip.gif", "--first-steps", "2"], "--first-steps is of a video from nothing"),
         (["--eval", "--parts", "9", "--frames", "8"], "--parts 9: wanted at most one for"),
         (["--negative", "blurry"], "--negative works with --wan"),
         (["--overwrite"], "--overwrite works with --out FILE"),
@@ -3734,7 +3769,7 @@ def test_help_opens_with_the_usage_page_and_explains_every_flag(capsys):
     with pytest.raises(SystemExit):
         sample.parse(["-h"])
     out = capsys.readouterr().out
-    assert 'python sample.py "red circle" --then 24 "white square"' in out
+    assert 'python sample.py "red circle" --then 16 "white square" --frames 32' in out
     flags = re.findall(r'"(--[a-z-]+)"', Path(sample.__file__).read_text().split("def check")[0])
     assert len(flags) > 20
     for flag in flags:
@@ -3751,6 +3786,9 @@ def test_scripts_end_in_one_line_and_only_rank_0_speaks(monkeypatch, capsys):
     def interrupt(argv):
         raise KeyboardInterrupt
 
+    def fill(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0 has")
+
     monkeypatch.setattr(sys, "argv", ["path/to/sample.py"])
     for rank, main, status, line in (
         (None, refuse, 2, "sample.py: two lines\n"),
@@ -3760,6 +3798,13 @@ def test_scripts_end_in_one_line_and_only_rank_0_speaks(monkeypatch, capsys):
         (None, fail, 2, "sample.py: disk full\n"),
         ("0", fail, 2, "sample.py: disk full\n"),
         ("1", lambda argv: sample.parse(["--frames", "0"]), 0, ""),
+        (
+            None,
+            fill,
+            2,
+            "sample.py: CUDA out of memory. Tried to allocate 9 GiB; what would help: "
+            "a smaller batch, fewer frames, --accumulate, --recompute or --fsdp\n",
+        ),
     ):
         monkeypatch.delenv("RANK", raising=False)
         if rank is not None:
@@ -4127,6 +4172,8 @@ def test_the_table_has_means_and_standard_errors_by_thirds():
     assert lines[4].split() == "0-5 0.83 ± 0.22 3.33 ± 0.00 1.60 ± 0.00".split()
     rows = sample.metrics_table(scores, parts=2).splitlines()
     assert [row.split()[0] for row in rows] == ["frames", "0-2", "3-5", "0-5"]
+    with pytest.raises(ValueError, match="--parts 7: wanted at most one for each of 6 frames"):
+        sample.metrics_table(scores, parts=7)
 
 
 def test_a_single_row_has_no_standard_error():

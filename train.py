@@ -71,6 +71,7 @@ from sample import (
     new_parser,
     nonnegative_float,
     nonnegative_int,
+    path_type,
     positive_float,
     positive_int,
     rollout_window,
@@ -122,7 +123,7 @@ def main(argv):
         began = clock(device)
         indices, videos, texts = next(batches)
         data_seconds = clock(device) - began
-        make_history = history_at(step, args)  # a row of Table 2
+        make_history = history_at(step, args)  # teacher forcing, or --history
         loss = 0
         history_seconds = 0
 
@@ -233,7 +234,7 @@ class ClipNoise:
 
 
 def history_at(step, args):
-    """The row of Table 2 that a step trains with, a function of rf.HISTORY.
+    """What makes the history in a step, a function of rf.HISTORY.
 
     Teacher forcing in the warm-up, and in the share of later batches that is not resampled.
     """
@@ -260,7 +261,7 @@ def set_learning_rate(optimizers, step, args):
     for optimizer in optimizers:
         peak = args.muon_lr if isinstance(optimizer, Muon) else args.lr
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args) * peak / args.lr
+            group["lr"] = peak * learning_rate(step, args) / args.lr
 
 
 def make_optimizers(net, name):
@@ -458,9 +459,9 @@ def add_optimizer_flags(add):
 
 
 def add_run_flags(add):
-    add("--out", type=folder_path,
+    add("--out", type=path_type,
         help="the run's folder (default: a new numbered one under runs/)")
-    add("--init", type=Path,
+    add("--init", type=path_type,
         help="start from the weights of another run (its folder or ckpt.pt), or from Wan's")
     add("--resume", action="store_true",
         help="continue --out, or the latest run under runs/")
@@ -503,13 +504,6 @@ def add_plan_flags(add):
     add("--tflops", type=bounded_float(1e-3, 1e6), default=989.0,
         help="peak speed of each in 1e12 FLOPs per second (default: %(default)s)")
 # fmt: on
-
-
-def folder_path(text):
-    """An argparse type: the path of a folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("got '', wanted a folder")
-    return Path(text)
 
 
 def flags_of_run(folder, parser):
@@ -722,7 +716,7 @@ def call_on_rank_0(function, *args):
     if dist.get_rank() == 0:
         answer = [call_on_all(function, *args)]
     else:
-        answer = [call_on_all(tuple)]  # only takes part in the exchange of errors
+        answer = [call_on_all(lambda: None)]  # only takes part in the exchange of errors
     dist.broadcast_object_list(answer)
     return answer[0]
 
@@ -768,6 +762,9 @@ class StopRequested:
 
     def note(self, sign, frame):
         self.value = True
+        if sign == signal.SIGINT and "RANK" not in os.environ:  # torchrun sends it a second time
+            signal.signal(sign, self.handlers[sign])
+            tqdm.write("stopping after this step; Ctrl-C again stops at once, without saving")
 
     def restore_handlers(self):
         for sign, handler in self.handlers.items():
@@ -848,7 +845,7 @@ def load_batches(data, start, rank, world, args, device):
         data,
         batch_sampler=sampler,
         num_workers=workers,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # the loader draws a seed; not from the global generator
         pin_memory=device.type == "cuda",
         multiprocessing_context=start_method(workers, world),
         worker_init_fn=leave_signals_to_parent,
@@ -1276,6 +1273,7 @@ class Cost(NamedTuple):
     parameters: int
     teacher: int  # FLOPs of a teacher-forcing step, over all processes
     resample: int  # FLOPs of a resampling step; without --history parallel or resample, teacher's
+    ratio: float  # time of a resampling step over teacher's at one speed; --recompute counts
     memory: dict  # {part: bytes in each process}
 
 
@@ -1286,7 +1284,8 @@ def plan(args, config, words, world):
     """
     N = args.frames // config.chunk
     P = config.chunk * args.height * args.width // config.patch**2
-    teacher = 3 * args.batch * flops(config, N, N - 1, P, words)  # backward costs two forwards
+    forward = args.batch * flops(config, N, N - 1, P, words)
+    teacher = 3 * forward  # backward costs two forwards
     resample = teacher
     resamples = args.history in ("parallel", "resample")
     if N > 1 and resamples:
@@ -1303,8 +1302,10 @@ def plan(args, config, words, world):
         moments -= 4 * sum(p.numel() for p in in_muon)
     block = 4 * sum(p.numel() for p in net.blocks[0].parameters())
     clips = args.batch // world // args.accumulate
-    token = 60 * config.dim + 6 * config.ffn_dim  # bytes that a block keeps of a token
-    kept = 4 * config.dim * config.layers + token if args.recompute else token * config.layers
+    size = 2 if args.precision == "bf16" else 4  # bytes of what autocast computes
+    token = (61 + 7.5 * size) * config.dim + 2 * size * config.ffn_dim  # kept by a block, fitted
+    blocks = config.layers - 0.25  # the last one keeps less of the history
+    kept = 4 * config.dim * config.layers + token if args.recompute else token * blocks
     values = config.chunk * config.channels * config.detail_scale**2
     place = 4 * (2 * values + 7 * config.detail) if config.detail else 0  # of the convolutions
     places = N * args.height * args.width // config.detail_scale**2
@@ -1320,9 +1321,11 @@ def plan(args, config, words, world):
         "average": weights / shards,
         "gathered weights": gathered,
         "activations": clips * ((2 * N - 1) * P * kept + places * place),
-        "cache": 4 * clips * config.layers * N * P * config.dim,
+        "cache": 2 * size * clips * config.layers * N * P * config.dim,
     }
-    return Cost(weights // 4, teacher, resample, memory)
+    computed = 4 * forward if args.recompute else teacher
+    ratio = 1 + (resample - teacher) / computed
+    return Cost(weights // 4, teacher, resample, ratio, memory)
 
 
 def print_cost(args, config, cost, world, device_type):
@@ -1362,14 +1365,15 @@ def print_plan(args, config, cost, world):
         print(f"this does not fit; what would help: {', '.join(savings(args, world))}")
 
     speed = world * args.tflops * 1e12 * MFU
-    first, second = cost.teacher / speed, cost.resample / speed
-    later = max(0, args.steps - args.warmup)
+    first = cost.teacher / speed
+    second = first * cost.ratio
+    later = args.resample_share * max(0, args.steps - args.warmup)
     hours = (first * (args.steps - later) + second * later) / 3600
     text = (
         f"at {args.tflops:g} TFLOPS and an MFU of {MFU:g}: {first:.1f} s per teacher-forcing step"
     )
     if second > first:
-        text += f", {second:.1f} s per resampling step ({second / first:.2f} x)"
+        text += f", {second:.1f} s per resampling step ({cost.ratio:.2f} x)"
     print(f"{text}, {hours:,.0f} hours for {args.steps:,} steps")
 
 
@@ -1502,7 +1506,7 @@ def print_speed(args, cost, world, device):
         if name != "teacher_history":
             text += f" ({np.median((seconds / bare)[of_name]):.2f} x one without it"
             if name == "resample_history":
-                text += f", planned {cost.resample / cost.teacher:.2f} x"
+                text += f", planned {cost.ratio:.2f} x"
             text += ")"
         texts.append(text)
     waiting = waits.sum() / (seconds + waits).sum()

@@ -9,7 +9,6 @@ On a CPU `routing.attend` is compared with one plain call that has as many visib
 with one call under a dense mask. Medians; the ratios of one run are what counts.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -20,22 +19,23 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from routing import attend, sparse_causal_mask, token_mask
+from sample import list_devices, new_parser, positive_int, run_main
 from train import keep_memory
 
 
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parse(argv):
+    parser = new_parser(__doc__)
+    parser.add_argument("--frames", type=positive_int, default=16, help="noisy frames N")
+    parser.add_argument("--tokens", type=positive_int, default=64, help="tokens in a frame")
+    parser.add_argument("--batch", type=positive_int, default=4)
+    parser.add_argument("--heads", type=positive_int, default=4)
+    parser.add_argument("--width", type=positive_int, default=32, help="width of a head")
+    parser.add_argument("--top-k", type=positive_int, help="also time routed history, Eq. (9)")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=21, help="timed steps for each median"
     )
-    parser.add_argument("--frames", type=int, default=16, help="noisy frames N")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens in a frame")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--width", type=int, default=32, help="width of a head")
-    parser.add_argument("--top-k", type=int, help="also time routed history, Eq. (9)")
-    parser.add_argument("--repeats", type=int, default=21, help="timed steps for each median")
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
+    parser.add_argument("--device", choices=list_devices(), default="cpu")
+    return parser.parse_args(argv)
 
 
 def median_ms(args, frames, attention):
@@ -60,8 +60,8 @@ def plain_attention(q, k, v, mask=None):
     return scaled_dot_product_attention(q, k, v, mask)
 
 
-def main():
-    args = parse()
+def main(argv):
+    args = parse(argv)
     keep_memory()
     N = args.frames
     past, own = sparse_causal_mask(0, N - 1, N, 0, args.device)
@@ -80,4 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:])

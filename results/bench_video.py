@@ -6,7 +6,6 @@ Makes its files in a temporary folder: small clips, and one ten-second clip of 1
 their ratios and the number of frames decoded. One decoding thread everywhere.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from av.video.reformatter import VideoReformatter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+from sample import new_parser, positive_int, run_main
 
 
 def make_video(path, frames, height, width, gop):
@@ -82,18 +82,17 @@ def compare(name, function, plain, repeats):
     print(f"{name:46} {1e3 * ours:8.1f} ms, plain PyAV {1e3 * theirs:8.1f} ms: {ours / theirs:.2f}")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--files", type=int, default=60, help="small clips of 64 frames")
-    parser.add_argument("--side", type=int, default=256, help="their height and width")
-    parser.add_argument("--size", type=int, default=64, help="read at this size")
-    parser.add_argument("--batch", type=int, default=8, help="clips in a batch")
-    parser.add_argument("--frames", type=int, default=16, help="frames in a clip")
-    parser.add_argument("--gop", type=int, default=30, help="frames in a group of pictures")
-    parser.add_argument("--repeats", type=int, default=5, help="report the median of so many runs")
-    args = parser.parse_args()
+def main(argv):
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--files", type=positive_int, default=60, help="small clips of 64 frames")
+    add("--side", type=positive_int, default=256, help="their height and width")
+    add("--size", type=positive_int, default=64, help="read at this size")
+    add("--batch", type=positive_int, default=8, help="clips in a batch")
+    add("--frames", type=positive_int, default=16, help="frames in a clip")
+    add("--gop", type=positive_int, default=30, help="frames in a group of pictures")
+    add("--repeats", type=positive_int, default=5, help="report the median of so many runs")
+    args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
         small, large = Path(folder, "small"), Path(folder, "large")
@@ -148,4 +147,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:])

@@ -98,10 +98,11 @@ def load_sampled(run):
 def measure_run(run, net, roll_out, frames, videos, true_history):
     """Continue held-out clips of `load_sampled` by the run's own sampler, from GIVEN true frames.
 
-    Returns a dictionary: weights, their fingerprint; frames (T, 3), the scores of each frame, mean
-    over the videos; errors (4, 3), the standard errors over the videos of the three thirds and of
-    the whole; true_history (T, 3) or None, each frame predicted from true ones; minutes of
-    training, without those of the warm-up. Keeps the first clips in the run's samples/ for `strip`.
+    Returns a dictionary: weights, their fingerprint; videos; frames (T, 3), the scores of each
+    frame, mean over the videos; errors (4, 3), the standard errors over the videos of the three
+    thirds and of the whole; true_history (T, 3) or None, each frame predicted from true ones;
+    minutes of this run's training, without those of a run it started from; teacher_minutes, those
+    of the teacher of a distilled run. Keeps the first clips in the run's samples/ for `strip`.
     """
     flags = net.run
 

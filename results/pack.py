@@ -2,12 +2,10 @@
 
   python results/pack.py runs/box/resample results/resample.pt
 
-The file loads like any run (sample.py --checkpoint, train.py --init). It holds no optimizer state,
-so that --resume refuses it.
+The file loads like any run (sample.py --checkpoint, train.py --init; with a preset of Wan it must
+be named ckpt.pt). It holds no optimizer state, so that --resume refuses it.
 """
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data import replacing
 from model import read_checkpoint
+from sample import new_parser, path_type, run_main
 
 DROPPED = ("out", "init", "resume", "dry_run", "device")  # flags that only concern where it ran
 
@@ -30,24 +30,18 @@ def pack(run, path):
         "step": state["step"],
         "args": {name: value for name, value in state["args"].items() if name not in DROPPED},
     }
-    part = path.with_name(path.name + ".part")
-    torch.save(packed, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save(packed, part)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run's folder, or its ckpt.pt")
-    parser.add_argument("path", type=Path, help="the file to write")
-    args = parser.parse_args()
-    try:
-        pack(args.run, args.path)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+def main(argv):
+    parser = new_parser(__doc__)
+    parser.add_argument("run", type=path_type, help="a run's folder, or its ckpt.pt")
+    parser.add_argument("path", type=path_type, help="the file to write")
+    args = parser.parse_args(argv)
+    pack(args.run, args.path)
     print(f"{args.path}: {args.path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:])

@@ -79,8 +79,12 @@ def draw_curves(
     """One panel for each metric: score against frame, smoothed over `width` frames.
 
     styles and baselines: as HISTORIES and BASELINES. true_history: draw the dashed lines. trained:
-    frames of a training clip, for the mark.
+    frames of a training clip, for the mark. Raises ValueError if a row is not measured.
     """
+    missing = [name for name in (*styles, *baselines) if name not in rows]
+    if missing:
+        raise ValueError(f"{path.name} needs the rows {', '.join(missing)}; run their script first")
+    frames = scores_of(rows[next(iter(styles))]).shape[1]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
     for axis, (metric, column) in zip(axes, COLUMNS.items()):
         for name, (label, colour, marker, thickness) in styles.items():
@@ -93,7 +97,7 @@ def draw_curves(
         axis.axvline(trained, color="#999999", linewidth=0.8)
         axis.set_title(metric, loc="left", fontsize=11)
         axis.set_xlabel("frame")
-        axis.set_xlim(0, scores_of(rows[name]).shape[1] - 1)
+        axis.set_xlim(0, frames - 1)
         axis.set_ylim(0, 102)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelleft=True)

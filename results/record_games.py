@@ -9,7 +9,6 @@ caption, "pong", "breakout" or "freeway", in name.txt beside name.mp4. The playi
 before it is scaled: a ball is about one pixel, a car three. Held-out clips are other episodes.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import to_float, writer
+from sample import new_parser, path_type, positive_int, run_main
 
 SIZE = 64  # pixels along a side
 FRAMES = 64  # of a clip
@@ -86,23 +86,22 @@ def write_clips(folder, count, first_seed):
         path.with_suffix(".txt").write_text(game)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--clips", type=int, default=240, help="default: %(default)s")
-    parser.add_argument("--held-out", type=int, default=48, help="default: %(default)s")
-    args = parser.parse_args()
+def main(argv):
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("out", type=path_type, help="a new folder")
+    add("--clips", type=positive_int, default=240, help="default: %(default)s")
+    add("--held-out", type=positive_int, default=48, help="default: %(default)s")
+    args = parser.parse_args(argv)
     if args.out.exists():
-        parser.error(f"{args.out} exists; wanted a new folder")
+        raise ValueError(f"{args.out} exists; wanted a new folder")
     try:
         import ale_py  # noqa: F401
     except ImportError:
-        parser.error("the games need ale-py: pip install ale-py")
+        raise ValueError("the games need ale-py: pip install ale-py") from None
     write_clips(args.out / "train", args.clips, first_seed=1)
     write_clips(args.out / "test", args.held_out, first_seed=1_000_001)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:])

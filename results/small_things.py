@@ -164,8 +164,8 @@ def parse(argv):
 def main(argv):
     args = parse(argv)
     model = load_run(args.run)
-    if not model.run["words"]:
-        raise ValueError(f"{args.run} was not trained on videos")
+    if model.run["data"] == "sprites" or not model.run["words"]:
+        raise ValueError(f"{args.run} was not trained on captioned videos, as record_games.py's")
     truth, c, games, fps = read_clips(args.clips, model.run, args.frames)
     settings = {"steps": args.steps, "time_shift": args.time_shift, "guidance": args.guidance}
     settings["window"] = rollout_window(model.config, model.run["frames"])
