@@ -4810,7 +4810,7 @@ def test_the_tables_are_means_and_errors_over_the_seeds():
     temporal, visual = ["51.0", "±", "1.0"] * 3, ["2.5", "±", "1.0", "6.5", "±", "1.0"]
     assert thirds[3].replace("±", " ± ").split()[:16] == ["a", *temporal, *visual]
     assert (
-        evidence.costs_table(measured_rows()).splitlines()[2] == "| a | 2 | 6 | - | 8.00 | 20.0 |"
+        evidence.costs_table(measured_rows()).splitlines()[2] == "| a | 2 | 6.0 | - | 8.00 | 20.0 |"
     )
     assert "| b | 50.0 ± 2.0 | 5.5 ± 1.0 | 100.0 ± 3.0 | 50 / 10 / 100 |" in (
         evidence.overall_table(measured_rows())
