@@ -6,9 +6,9 @@
   fig-6.png    score against the timestep shift s of self-resampling, from fig-6.json
   fig-7.png    score against frame with less and less history in sight, from fig-7.json
 
-A solid line is the mean over the seeds, a band their standard deviation, and a dashed line the same
-models on true history: the distance between the two is exposure bias. Scores are averaged over
-SMOOTH frames.
+A solid line is the mean over the seeds, a band their standard deviation (rivals.png has none), and
+a dashed line the same models on true history: the distance between the two is exposure bias.
+Scores are averaged over SMOOTH frames.
 """
 
 import sys
@@ -46,7 +46,7 @@ RIVALS = {  # the nine rows of Table 1, under their own names
         "causvid": ("#e377c2", ">", 1.2),
         "self-forcing": ("#9467bd", "P", 1.2),
         "longlive": ("#3a76c4", "D", 1.2),
-        "ours-routed": ("#2ca02c", "X", 2.0),
+        "ours-routed": ("#111111", "X", 2.0),
         "ours": ("#157f3b", "o", 2.4),
     }.items()
 }
@@ -61,7 +61,10 @@ MEMORY = {  # row of fig-7.json
     "top-1": ("routing, k = 1", "#9467bd", "P", 1.4),
     "window-1": ("window of 1", "#d62728", "s", 1.4),
 }
-BASELINES = {"copy": ("last frame, copied", ":"), "straight": ("straight line", (0, (1, 3)))}
+BASELINES = {  # no model: the last given frame, copied; sprites that fly on through the walls
+    "copy": ("frozen", ":"),
+    "straight": ("straight on", (0, (1, 3))),
+}
 
 
 def smooth(curve, width):
@@ -74,12 +77,22 @@ def smooth(curve, width):
 
 
 def draw_curves(
-    plt, rows, styles, path, width, baselines=BASELINES, true_history=True, trained=TRAINED
+    plt,
+    rows,
+    styles,
+    path,
+    width,
+    baselines=BASELINES,
+    true_history=True,
+    trained=TRAINED,
+    bands=True,
+    lowest=0,
 ):
     """One panel for each metric: score against frame, smoothed over `width` frames.
 
     styles and baselines: as HISTORIES and BASELINES. true_history: draw the dashed lines. trained:
-    frames of a training clip, for the mark. Raises ValueError if a row is not measured.
+    frames of a training clip, for the mark. bands: draw the spread of the seeds. lowest: score at
+    the bottom. Raises ValueError if a row is not measured.
     """
     missing = [name for name in (*styles, *baselines) if name not in rows]
     if missing:
@@ -89,7 +102,7 @@ def draw_curves(
     for axis, (metric, column) in zip(axes, COLUMNS.items()):
         for name, (label, colour, marker, thickness) in styles.items():
             style = {"color": colour, "linewidth": thickness, "label": label}
-            draw_row(axis, rows[name], column, width, style, marker, true_history)
+            draw_row(axis, rows[name], column, width, style, marker, true_history, bands)
         for name, (label, dashes) in baselines.items():
             curve = smooth(scores_of(rows[name])[0, :, column].numpy(), width)
             axis.plot(curve, color="#555555", linewidth=1, linestyle=dashes, label=label)
@@ -98,25 +111,28 @@ def draw_curves(
         axis.set_title(metric, loc="left", fontsize=11)
         axis.set_xlabel("frame")
         axis.set_xlim(0, frames - 1)
-        axis.set_ylim(0, 102)
+        axis.set_ylim(lowest, 102)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelleft=True)
+    axes[0].set_ylabel("score, 100 is perfect")
     if true_history and any(on_true_history(rows[name]) for name in styles):
         axes[0].plot([], [], color="#555555", linewidth=0.9, linestyle="--", label="true history")
-    axes[0].text(trained, 9, " training clips end", fontsize=8, color="#777777")
+    axes[0].text(trained, lowest + 7, " training clips end", fontsize=8, color="#777777")
     lines, labels = axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98),
                   ncols=len(lines), columnspacing=1.2, frameon=False, fontsize=9)  # fmt: skip
     save(figure, path)
 
 
-def draw_row(axis, seeds, column, width, style, marker, true_history):
-    """Mean over the seeds with its band, and dashed the same on true history, if measured."""
+def draw_row(axis, seeds, column, width, style, marker, true_history, band):
+    """Mean over the seeds, perhaps with its band, and dashed the same on true history."""
     curves = [smooth(scores[:, column].numpy(), width) for scores in scores_of(seeds)]
     mean, spread = np.mean(curves, 0), np.std(curves, 0, ddof=min(1, len(curves) - 1))
     x = np.arange(len(mean))
     axis.plot(x, mean, marker=marker, markersize=5, markevery=len(x) // 5, **style)
-    axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
+    if band:
+        low, high = mean - spread, mean + spread
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
     on_truth = on_true_history(seeds)
     if true_history and on_truth:
@@ -168,12 +184,13 @@ def main(argv):
     table_1 = read_rows(RESULTS / "table-1.json")
     draw_curves(plt, table_1, HISTORIES, out / "drift.png", SMOOTH)
     path = out / "rivals.png"
-    draw_curves(plt, table_1, RIVALS, path, SMOOTH, baselines={}, true_history=False)
+    only = {"baselines": {}, "true_history": False}
+    draw_curves(plt, table_1, RIVALS, path, SMOOTH, **only, bands=False, lowest=40)
     draw_curves(plt, read_rows(RESULTS / "long.json"), MODELS, out / "long.png", 9 * SMOOTH)
     draw_shift(plt, read_rows(RESULTS / "fig-6.json"), out / "fig-6.png")
     path = out / "fig-7.png"
     fig_7 = read_rows(RESULTS / "fig-7.json")
-    draw_curves(plt, fig_7, MEMORY, path, SMOOTH, baselines={}, true_history=False, trained=12)
+    draw_curves(plt, fig_7, MEMORY, path, SMOOTH, **only, trained=12)
 
 
 if __name__ == "__main__":
