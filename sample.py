@@ -1194,7 +1194,7 @@ def write_comparison(path, videos, fps):
     page = rearrange(F.pad(rows, (1, 1, 1, 1), value=1.0), "r b t c h w -> t c (r h) (b w)")
     frames = enlarge(to_bytes(page), 72 * len(rows))  # (T, height, width, 3)
     if rows.shape[-1] <= 32:  # sprites are flat: their noise would be most of the file
-        frames = np.minimum((frames.astype(int) + 16) // 32 * 32, 255).astype(np.uint8)
+        frames = reduce_colours(frames, 32)
     height = frames.shape[1] // len(rows)
     names = np.concatenate([draw_text(name, height) for name in videos])
     names = np.broadcast_to(names, (len(frames), *names.shape))
@@ -1206,6 +1206,15 @@ def write_comparison(path, videos, fps):
     strips = rearrange(rows, "r b t c h w -> (b r) t c h w")
     labels = [*videos] * rows.shape[1]
     write_picture(path.with_suffix(".png"), contact_sheet(strips, 16, labels))
+
+
+def reduce_colours(pictures, count):
+    """Draw pictures (T, height, width, 3) uint8 in `count` colours, which all of them share."""
+    some = np.concatenate(pictures[:: max(1, len(pictures) // 16)])
+    palette = Image.fromarray(some).quantize(count, Image.Quantize.FASTOCTREE)
+    plain = Image.Dither.NONE
+    images = [Image.fromarray(z).quantize(palette=palette, dither=plain) for z in pictures]
+    return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
 def pad_time(video, length):

@@ -4289,6 +4289,14 @@ def test_a_comparison_has_a_row_for_each_name_and_pads_with_white(tmp_path):
     sample.write_comparison(tmp_path / "latents", {"one": torch.randn(1, 2, 4, 40, 40)}, 8)
 
 
+def test_few_colours_shared_by_all_frames_are_near_the_true_ones():
+    clip, _ = Sprites(32, 20)[0]
+    frames = to_bytes(clip + 0.02 * torch.randn_like(clip))
+    few = sample.reduce_colours(frames, 32)
+    assert few.shape == frames.shape and len(np.unique(few.reshape(-1, 3), axis=0)) <= 32
+    assert np.abs(few.astype(int) - to_bytes(clip)).mean() < 3, "rounding to steps of 32: 8"
+
+
 def test_a_contact_sheet_shows_time_from_left_to_right():
     video = torch.linspace(-1, 1, 9)[:, None, None, None].expand(9, 3, 8, 8)
     sheet = sample.contact_sheet([video, video], columns=3, height=16)
