@@ -4981,6 +4981,8 @@ def game_of_a_dot(kind):
             if not gone:
                 y, x = 8 + t, 12 + 4 * b + t // 2
                 video[b, frame, :, y : y + 2, x : x + 2] = 0.8
+                if kind == "copied":  # a fainter dot beside it
+                    video[b, frame, :, y : y + 2, x - 8 : x - 6] = 0.3
                 if kind == "everywhere":
                     video[b, frame, :, y % 16 :: 16, x % 16 :: 16] = 0.8
     return video
@@ -4992,10 +4994,10 @@ def test_small_things_are_judged_alive_if_they_are_there_and_move():
     field = small_things.FIELDS["pong"]
     mass, _, whole = small_things.follow(truth, background, field)
     typical, most = mass[mass > 0].median(), whole.flatten().quantile(0.95)
-    for kind, wanted in {"moves": 1, "gone": 0, "frozen": 0, "everywhere": 0}.items():
+    for kind in ("moves", "gone", "frozen", "copied", "everywhere"):
         video = game_of_a_dot(kind)
         alive = small_things.alive(video, background, field, typical, most, start=32)
-        assert alive.tolist() == [bool(wanted)] * 4, kind
+        assert alive.tolist() == [kind == "moves"] * 4, kind
     a, b = truth[:, 5:6], truth[:, 6:7]
     assert small_things.found(b, b, background, field, typical) == (4, 4)
     assert small_things.found(b, a, background, field, typical) == (0, 4), "it moves by more"
