@@ -640,7 +640,7 @@ def load_weights(model, weights, path, assign=False):
         model.load_state_dict(weights, assign=assign)
     except Exception as error:  # names all keys that are missing, unknown or of another shape
         wrong = " ".join(str(error).split())
-        wrong = shorten(wrong[wrong.find(":") + 2 :], 300, placeholder=" ...")
+        wrong = shorten(wrong[wrong.find(":") + 2 :], 600, placeholder=" ...")
         raise ValueError(f"the weights of {path} are not those of this network: {wrong}") from None
 
 

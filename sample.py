@@ -387,8 +387,8 @@ def run_main(main, argv):
         stop(one_line(error), 2, refused=False)
     except torch.OutOfMemoryError as error:
         wanted = one_line(error).split(". GPU")[0]
-        help = "a smaller batch, fewer frames, --accumulate, --recompute or --fsdp"
-        stop(f"{wanted}; what would help: {help}", 2, refused=False)
+        advice = "a smaller batch, fewer frames, --accumulate, --recompute or --fsdp"
+        stop(f"{wanted}; what would help: {advice}", 2, refused=False)
     except (ValueError, OSError) as error:
         stop(one_line(error), 2)
     except KeyboardInterrupt:
