@@ -205,9 +205,8 @@ def read_given(args, model, wan):
 
     clip = clip[None]  # (1, T, 3, height, width)
     read = clip.shape[1]
-    if wan:
-        whole = round_up(read, 4) - 3  # 4 n - 3 frames make n latents
-        clip = wan.encode(clip[:, :whole]).cpu()
+    if wan:  # 4 n - 3 frames make n latents
+        clip = wan.encode(clip[:, : round_up(read, 4) - 3]).cpu()
 
     T = clip.shape[1]
     if not chunk <= T < args.frames:
@@ -597,10 +596,8 @@ def check(args, model):
             f"--frames {args.frames}: the first two frames of {chunk} are given; "
             f"{(GIVEN + 1) * chunk} or more would work"
         )
-    if measured and args.parts > args.frames:
-        raise ValueError(
-            f"--parts {args.parts}: wanted at most one for each of {args.frames} frames"
-        )
+    if measured:
+        check_parts(args.parts, args.frames)
     check_sink(args, model)
     if args.routing and not model.config.top_k:
         raise ValueError("--routing needs a model that routes: train one with --top-k 5")
@@ -612,6 +609,12 @@ def check(args, model):
         raise ValueError("--wan: this model makes pixels itself, and needs no VAE")
     check_switches(args, chunk)
     check_memory(args, model)
+
+
+def check_parts(parts, frames):
+    """Raise ValueError if a table would have parts without a frame."""
+    if parts > frames:
+        raise ValueError(f"--parts {parts}: wanted at most one for each of {frames} frames")
 
 
 def check_sink(args, model):
@@ -918,8 +921,7 @@ def metrics_table(scores, parts=3):
     are more parts than frames.
     """
     T = scores.shape[1]
-    if parts > T:
-        raise ValueError(f"--parts {parts}: wanted at most one for each of {T} frames")
+    check_parts(parts, T)
     columns = {"Temporal": 1, "Visual": 0, "Text": 2}
     lines = [f"{'frames':>12}" + "".join(f"{name:>16}" for name in columns)]
     edges = [round(i * T / parts) for i in range(parts + 1)]
@@ -1179,11 +1181,12 @@ def record_settings(paths, settings):
         write_json(folder / "settings.json", recorded)
 
 
-def write_comparison(path, videos, fps):
+def write_comparison(path, videos, fps, clips=(), columns=16, height=64):
     """Write path.gif with a frame counter, and path.png with time from left to right.
 
     A row for each name. videos: {name: (B, T, C, height, width)} in [-1, 1]; shorter ones are
-    padded with white.
+    padded with white. clips: names of the B clips, for the .png; columns and height: of the frames
+    that it shows.
     """
     longest = max(video.shape[1] for video in videos.values())
     rows = torch.stack([pad_time(video, longest) for video in videos.values()])  # (rows, B, T, ...)
@@ -1195,8 +1198,8 @@ def write_comparison(path, videos, fps):
     frames = enlarge(to_bytes(page), 72 * len(rows))  # (T, height, width, 3)
     if rows.shape[-1] <= 32:  # sprites are flat: their noise would be most of the file
         frames = reduce_colours(frames, 32)
-    height = frames.shape[1] // len(rows)
-    names = np.concatenate([draw_text(name, height) for name in videos])
+    names = [draw_text(name, frames.shape[1] // len(rows)) for name in videos]
+    names = np.concatenate(names)
     names = np.broadcast_to(names, (len(frames), *names.shape))
     page = np.concatenate([names, frames], axis=2)
     counter = np.stack([draw_text(f"frame {n}", 20, page.shape[2]) for n in range(len(page))])
@@ -1205,7 +1208,9 @@ def write_comparison(path, videos, fps):
         out(np.concatenate([counter, page], axis=1))
     strips = rearrange(rows, "r b t c h w -> (b r) t c h w")
     labels = [*videos] * rows.shape[1]
-    write_picture(path.with_suffix(".png"), contact_sheet(strips, 16, labels))
+    if clips:
+        labels = [f"{clip}: {name}" for clip in clips for name in videos]
+    write_picture(path.with_suffix(".png"), contact_sheet(strips, columns, labels, height))
 
 
 def reduce_colours(pictures, count):

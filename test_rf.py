@@ -3127,6 +3127,17 @@ def test_the_cost_of_resampling_is_printed_only_where_there_is_some(capsys):
         assert capsys.readouterr().out.count("per resampling step") == printed
 
 
+def test_the_hours_of_a_plan_count_the_batches_that_are_resampled(capsys):
+    hours = []
+    for share in ("0", "0.5", "1"):
+        flags = ["--warmup", "0", "--steps", "100000", "--resample-share", share]
+        train.main(["--preset", "wan-1.3b", "--dry-run", *flags])
+        hours.append(
+            float(re.search(r"([\d,]+) hours", capsys.readouterr().out)[1].replace(",", ""))
+        )
+    assert hours[0] < hours[1] and abs(hours[0] + hours[2] - 2 * hours[1]) <= 2
+
+
 def test_the_plan_follows_the_flags():
     usual = planned(Config(), 7, "--frames", 10)
     assert planned(Config(top_k=2), 7, "--frames", 10).teacher < usual.teacher
@@ -4286,6 +4297,11 @@ def test_a_comparison_has_a_row_for_each_name_and_pads_with_white(tmp_path):
         assert (gif[t, :half][inside] == upper).all()
         assert (gif[t, half:][inside] == lower).all()
     assert (tmp_path / "two.png").exists()
+    small = iio.imread(tmp_path / "two.png")
+    sample.write_comparison(tmp_path / "large", videos, 8, ["a", "b"], columns=2, height=128)
+    large = iio.imread(tmp_path / "large.png")
+    assert large.shape[0] > 1.8 * small.shape[0], "four rows of 130 pixels, not of 66"
+    assert (large[:130, :96] != large[260:390, :96]).any(), "a: long, b: long"
     sample.write_comparison(tmp_path / "latents", {"one": torch.randn(1, 2, 4, 40, 40)}, 8)
 
 
@@ -4918,6 +4934,8 @@ def test_the_curves_are_drawn(tmp_path):
     for name in ("drift", "rivals", "long", "fig-6", "fig-7"):
         picture = iio.imread(tmp_path / f"{name}.png")
         assert picture.std() > 10, name
+    with pytest.raises(ValueError, match="a.png needs the rows nova, .*; run their script first"):
+        plot.draw_curves(None, {}, plot.HISTORIES, tmp_path / "a.png", 5)
 
 
 FAKE_PYTHON = """#!/bin/sh
@@ -5003,6 +5021,11 @@ def test_small_things_are_judged_alive_if_they_are_there_and_move():
     assert small_things.found(b, a, background, field, typical) == (0, 4), "it moves by more"
     gone = background.expand_as(b)
     assert small_things.found(b, gone, background, field, typical) == (0, 4)
+
+
+def test_small_things_are_not_looked_for_in_sprites(random_run):
+    with pytest.raises(ValueError, match="was not trained on captioned videos"):
+        small_things.main([str(random_run), "nowhere"])
 
 
 @pytest.mark.extras

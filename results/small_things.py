@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Videos
 from sample import (
     bounded_int,
-    contact_sheet,
     continue_video,
     load_run,
     new_parser,
@@ -34,7 +33,6 @@ from sample import (
     rollout_window,
     run_main,
     write_comparison,
-    write_picture,
 )
 
 # Rows and columns where nothing but the objects moves, and strips of rows of one object each.
@@ -199,15 +197,10 @@ def main(argv):
     for name, count in total.items():
         print(f"{'all':10s} {name:16s} {count:3d} of {len(games)}")
 
-    first = [games.index(name) for name in FIELDS] + [len(games) - 1]
+    first = [games.index(name) for name in FIELDS]
     videos = {"truth": truth[first], "rollout": made[first]}
     path = args.out or args.run / "samples" / "held_out"
-    write_comparison(path, videos, fps)
-
-    # a larger picture, in which a thing of one pixel can be seen
-    strips = [video[i] for i in first[:3] for video in (truth, made)]
-    labels = [f"{games[i]}: {name}" for i in first[:3] for name in videos]
-    write_picture(path.with_suffix(".png"), contact_sheet(strips, 7, labels, height=128))
+    write_comparison(path, videos, fps, [*FIELDS], columns=7, height=128)  # a thing is one pixel
 
 
 if __name__ == "__main__":
