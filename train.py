@@ -293,13 +293,49 @@ def takes_muon(name, p):
     return name.startswith("blocks.") and p.dim() == 2
 
 
+@torch.no_grad()
+def update_ema(ema, net, decay, step):
+    """Move the averaged weights toward net's: ema = decay · ema + (1 - decay) · net.
+
+    The decay rises from 0.1 to its final value, so that the first weights are soon forgotten.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+# ---- machinery: Muon, flags and checks, processes, data, checkpoints, log, cost, pictures ----
+
+PAPER = {  # defaults of --preset wan-...
+    "data": "latents",
+    "frames": 21,
+    "size": (480, 832),
+    "warmup": 10_000,
+    "steps": 25_000,
+    "batch": 64,
+    "optimizer": "adamw",
+    "lr": 5e-5,
+    "decay": "constant",
+    "ema": 0.999,
+    "time_shift": 3.0,
+    "sample_steps": 32,
+    "sample_shift": 5.0,
+    "guidance": 5.0,
+    "recompute": True,
+}
+WAN_SCALE = 8  # pixels along a side of one of Wan's latents
+WAN_WORDS = 512  # text rows of its encoder
+GIB = 2**30
+MFU = 0.45  # model FLOPs utilization that the plan expects: the fraction of --tflops
+
+
 class Muon(torch.optim.Muon):
     """torch.optim.Muon(adjust_lr_fn="match_rms_adamw") with an iteration in float32.
 
     It orthogonalizes the update of each matrix, and scales it to the size of one of AdamW
     (arXiv 2502.16982). torch's own class iterates in bfloat16. A CPU without instructions for that
-    (before AVX-512) takes 15 to 25 times as long for it as in float32: three quarters of a default
-    training step.
+    takes 15 to 25 times as long as in float32, and a default training step 2.6 times as long
+    (AVX2; `results/bench_step.py`). The rounding also makes equal runs part: those on one and on
+    two processes.
     """
 
     @torch.no_grad()
@@ -331,41 +367,6 @@ def orthogonalize(matrix, coefficients, steps):
         gram = z @ z.T
         z = a * z + (b * gram + c * gram @ gram) @ z
     return z if wide else z.T
-
-
-@torch.no_grad()
-def update_ema(ema, net, decay, step):
-    """Move the averaged weights toward net's: ema = decay · ema + (1 - decay) · net.
-
-    The decay rises from 0.1 to its final value, so that the first weights are soon forgotten.
-    """
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
-
-# ---- machinery: flags and checks, processes, data, checkpoints, log, cost, pictures ----
-
-PAPER = {  # defaults of --preset wan-...
-    "data": "latents",
-    "frames": 21,
-    "size": (480, 832),
-    "warmup": 10_000,
-    "steps": 25_000,
-    "batch": 64,
-    "optimizer": "adamw",
-    "lr": 5e-5,
-    "decay": "constant",
-    "ema": 0.999,
-    "time_shift": 3.0,
-    "sample_steps": 32,
-    "sample_shift": 5.0,
-    "guidance": 5.0,
-    "recompute": True,
-}
-WAN_SCALE = 8  # pixels along a side of one of Wan's latents
-WAN_WORDS = 512  # text rows of its encoder
-GIB = 2**30
-MFU = 0.45  # model FLOPs utilization that the plan expects: the fraction of --tflops
 
 
 def parse(argv):
