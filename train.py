@@ -305,28 +305,6 @@ def update_ema(ema, net, decay, step):
 
 # ---- machinery: Muon, flags and checks, processes, data, checkpoints, log, cost, pictures ----
 
-PAPER = {  # defaults of --preset wan-...
-    "data": "latents",
-    "frames": 21,
-    "size": (480, 832),
-    "warmup": 10_000,
-    "steps": 25_000,
-    "batch": 64,
-    "optimizer": "adamw",
-    "lr": 5e-5,
-    "decay": "constant",
-    "ema": 0.999,
-    "time_shift": 3.0,
-    "sample_steps": 32,
-    "sample_shift": 5.0,
-    "guidance": 5.0,
-    "recompute": True,
-}
-WAN_SCALE = 8  # pixels along a side of one of Wan's latents
-WAN_WORDS = 512  # text rows of its encoder
-GIB = 2**30
-MFU = 0.45  # model FLOPs utilization that the plan expects: the fraction of --tflops
-
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon(adjust_lr_fn="match_rms_adamw") with an iteration in float32.
@@ -334,8 +312,8 @@ class Muon(torch.optim.Muon):
     It orthogonalizes the update of each matrix, and scales it to the size of one of AdamW
     (arXiv 2502.16982). torch's own class iterates in bfloat16. A CPU without instructions for that
     takes 15 to 25 times as long as in float32, and a default training step 2.6 times as long
-    (AVX2; `results/bench_step.py`). The rounding also makes equal runs part: those on one and on
-    two processes.
+    (AVX2; `results/bench_step.py`). Its rounding also lets runs of the same steps drift apart, on
+    one process and on two.
     """
 
     @torch.no_grad()
@@ -367,6 +345,29 @@ def orthogonalize(matrix, coefficients, steps):
         gram = z @ z.T
         z = a * z + (b * gram + c * gram @ gram) @ z
     return z if wide else z.T
+
+
+PAPER = {  # defaults of --preset wan-...
+    "data": "latents",
+    "frames": 21,
+    "size": (480, 832),
+    "warmup": 10_000,
+    "steps": 25_000,
+    "batch": 64,
+    "optimizer": "adamw",
+    "lr": 5e-5,
+    "decay": "constant",
+    "ema": 0.999,
+    "time_shift": 3.0,
+    "sample_steps": 32,
+    "sample_shift": 5.0,
+    "guidance": 5.0,
+    "recompute": True,
+}
+WAN_SCALE = 8  # pixels along a side of one of Wan's latents
+WAN_WORDS = 512  # text rows of its encoder
+GIB = 2**30
+MFU = 0.45  # model FLOPs utilization that the plan expects: the fraction of --tflops
 
 
 def parse(argv):
