@@ -41,12 +41,13 @@ class Config:
     window: int | None = None  # history frames that a frame sees, in training too; None: all
     predict: str = "v"  # what the head returns: the velocity v, or "x", the clean frame
     detail: int = 0  # channels of the convolutions behind the head; 0: there are none
+    detail_frames: int = 0  # finished frames before a noisy one that they see, too
     eps: float = 1e-6
 
     def __post_init__(self):
         if self.predict not in ("v", "x"):
             raise ValueError(f'predict is {self.predict!r}; wanted "v" or "x"')
-        unused = {"top_k": None, "window": None, "detail": 0}
+        unused = {"top_k": None, "window": None, "detail": 0, "detail_frames": 0}
         for name, value in vars(self).items():
             if name == "predict" or (name in unused and value == unused[name]):
                 continue
@@ -56,6 +57,15 @@ class Config:
             raise ValueError(
                 f"dim {self.dim} cannot be split into {self.heads} heads of an even width; "
                 f"a dim of {-(-self.dim // (2 * self.heads)) * 2 * self.heads} would work"
+            )
+
+        if self.detail_frames and not self.detail:
+            raise ValueError(
+                f"detail_frames {self.detail_frames} needs convolutions; a detail of 32 would work"
+            )
+        if self.window and self.detail_frames > self.window:
+            raise ValueError(
+                f"detail_frames {self.detail_frames}: wanted at most the window, {self.window}"
             )
 
     @property
@@ -255,8 +265,9 @@ class DetailHead(nn.Module):
     """Four 3 x 3 convolutions that refine the tokens' estimate of each noisy frame.
 
     A token draws its patch alone, from D numbers. The convolutions see the estimate and x_t across
-    the borders of patches, as in DiP (arXiv 2511.18822). They see one frame: given the history's
-    pixels, too, they copy its errors on, and rollouts fall apart.
+    the borders of patches, as in DiP (arXiv 2511.18822). With `detail_frames` they also see the
+    pixels of so many finished frames before it, and learn how a thing of a few pixels moves; train
+    them with noise on the history, or they copy its errors on and rollouts fall apart.
     They run at half the resolution, or at the whole one where the patch is odd.
     """
 
@@ -268,24 +279,38 @@ class DetailHead(nn.Module):
         self.modulation = nn.Linear(config.dim, 2 * width)
         self.layers = nn.ModuleList(
             [
-                nn.Conv2d(2 * values, width, 3, padding=1),
+                nn.Conv2d((2 + config.detail_frames) * values, width, 3, padding=1),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.Conv2d(width, values, 3, padding=1),
             ]
         )
 
-    def forward(self, x_t, out, e):
-        """x_t, out (B, N, C, height, width), e (B, N, D) -> the refined out."""
+    def forward(self, x_t, out, before, e):
+        """Refine out (B, N, C, height, width), the tokens' estimate of x_t's clean frames.
+
+        before (B, N, detail_frames · C, height, width): of `frames_before`. e (B, N, D).
+        """
         shift, scale = self.modulation(e).flatten(0, 1)[..., None, None].chunk(2, dim=1)
         first, *inner, last = self.layers
 
-        z = torch.cat([x_t, out], dim=2).flatten(0, 1).to(first.weight.dtype)
+        z = torch.cat([x_t, out, before], dim=2).flatten(0, 1).to(first.weight.dtype)
         z = F.pixel_unshuffle(z, self.scale)  # (B · N, channels, rows, columns)
         z = F.gelu(modulate(first(z), shift, scale))
         for layer in inner:
             z = F.gelu(layer(z))
         return out + F.pixel_shuffle(last(z), self.scale).unflatten(0, out.shape[:2])
+
+
+def frames_before(finished, first, N, count):
+    """The `count` frames before each of N noisy ones, the last one first; 0 where there is none.
+
+    finished (B, S, C, height, width), numbered from 0; the noisy frames are first, first + 1, ...
+    Returns (B, N, count · C, height, width).
+    """
+    padded = F.pad(finished, (0, 0, 0, 0, 0, 0, count, N))  # number i stands at i + count
+    starts = [first + count - lag for lag in range(1, count + 1)]
+    return torch.cat([padded[:, :N, :0], *(padded[:, i : i + N] for i in starts)], dim=2)
 
 
 def patchify(x, config):
@@ -403,13 +428,17 @@ class CausalDiT(nn.Module):
             # (B, F, P, D); after the last block (B, N, P, D)
             tokens = block(tokens, e6, angles, past, own, text, cache)
 
+        finished = history
         if cache is not None:
+            if config.detail_frames:
+                finished = cache.put_frames(history)
             cache.length += M
         with torch.autocast(device.type, enabled=False):
             out = self.head(tokens, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
             out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
             if config.detail:
-                out = self.detail(x, out, e[:, M:])
+                before = frames_before(finished, position, N, config.detail_frames)
+                out = self.detail(x, out, before, e[:, M:])
         return out if config.predict == "v" else velocity(x, t, out)
 
     def cache(self, batch, frames, window=None, sink=0):
@@ -465,6 +494,7 @@ class Cache:
         self.k = None  # (layers, B, H, slots, P, E)
         self.v = None
         self.descriptor = None  # mean keys, (layers, B, H, slots, E)
+        self.finished = None  # with detail_frames: the frames (B, slots, C, height, width)
         self.c = None  # the condition
         self.text = {}  # its keys and values in each layer
 
@@ -487,6 +517,15 @@ class Cache:
         self.v[layer][:, :, self.length : end] = v
         self.descriptor[layer][:, :, self.length : end] = describe(k)
         return tuple(z[layer][:, :, :end] for z in (self.k, self.v, self.descriptor))
+
+    def put_frames(self, history):
+        """Write this pass's history (B, M, C, height, width). Returns all finished frames."""
+        end = self.length + history.shape[1]
+        if self.finished is None:
+            B, _, C, height, width = history.shape
+            self.finished = history.new_zeros(B, self.frames, C, height, width)
+        self.finished[:, self.length : end] = history
+        return self.finished[:, :end]
 
     def reserve(self, k, slots):
         """Allocate at first use; grow only for a pass with more noisy frames than there is room."""
@@ -519,6 +558,11 @@ class WindowCache(Cache):
             raise ValueError(
                 f"a window of {window} frames with a sink of {sink}: wanted 0 <= sink < window"
             )
+        if window - sink < config.detail_frames:
+            raise ValueError(
+                f"a window of {window} frames with a sink of {sink}: the convolutions of this "
+                f"model see {config.detail_frames} frames behind the sink"
+            )
         super().__init__(config, batch, window)
         self.slots = window + 1  # the noisy frame of a rollout
         self.sink = sink
@@ -543,6 +587,8 @@ class WindowCache(Cache):
 
     def move(self, old):
         """Move the frames in the slots `old` to the first slots; rotate the sink's keys forward."""
+        if self.finished is not None:
+            self.finished[:, : len(old)] = self.finished[:, old]
         sink = min(self.sink, len(old))
         for layer in range(self.config.layers):
             for z in (self.k, self.v, self.descriptor):

@@ -599,6 +599,12 @@ def check(args, model):
     if measured:
         check_parts(args.parts, args.frames)
     check_sink(args, model)
+    seen = model.config.detail_frames
+    if args.window and args.window - args.sink < seen:
+        raise ValueError(
+            f"--window {args.window}: the convolutions of this model see {seen} frames; "
+            f"--window {args.sink + seen} or more would work"
+        )
     if args.routing and not model.config.top_k:
         raise ValueError("--routing needs a model that routes: train one with --top-k 5")
     if not of_pixels and not args.wan and not measured:

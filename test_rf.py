@@ -18,7 +18,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from fractions import Fraction
 from itertools import islice, pairwise
@@ -70,10 +70,10 @@ from routing import attend, attend_masked, route, sparse_causal_mask
 HERE = Path(__file__).parent
 
 
-def tiny(chunk=1, top_k=None, layers=2, window=None, patch=2, detail=0):
+def tiny(chunk=1, top_k=None, layers=2, window=None, patch=2, detail=0, detail_frames=0):
     """A small float64 network with random weights: at its own initialization it returns 0."""
     torch.manual_seed(0)
-    more = {"top_k": top_k, "window": window, "detail": detail}
+    more = {"top_k": top_k, "window": window, "detail": detail, "detail_frames": detail_frames}
     net = CausalDiT(Config(2, 24, 48, 2, layers, patch, chunk, 5, 16, **more)).double()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -838,16 +838,20 @@ def test_a_new_network_of_x_returns_x_0(detail):
     assert torch.equal(net(x, t, c, x[:, :1]), wanted)
 
 
-@pytest.mark.parametrize("chunk, patch", ((1, 2), (3, 2), (1, 1)))
-def test_the_detail_head_is_four_convolutions_of_x_t_and_the_tokens_estimate(chunk, patch):
-    net, (_, x_t, t, _) = tiny(chunk, patch=patch, detail=6), clip(chunk, N=3)
+@pytest.mark.parametrize(
+    "chunk, patch, count", ((1, 2, 0), (3, 2, 0), (1, 1, 0), (1, 2, 2), (3, 2, 1))
+)
+def test_the_detail_head_is_four_convolutions_of_what_it_sees(chunk, patch, count):
+    net = tiny(chunk, patch=patch, detail=6, detail_frames=count)
+    _, x_t, t, _ = clip(chunk, N=3)
     e = net.time_embedding(model_py.sinusoid(1000 * t, 16).double())
     out = torch.randn(x_t.shape, dtype=torch.float64)
+    before = torch.randn(x_t.repeat(1, 1, count, 1, 1).shape, dtype=torch.float64)
     shift, scale = (z[..., None, None] for z in net.detail.modulation(e).chunk(2, dim=-1))
     fold = patch  # pixels along a side of a convolution's place
-    refined = net.detail(x_t, out, e)
+    refined = net.detail(x_t, out, before, e)
     for n in range(3):
-        z = F.pixel_unshuffle(torch.cat([x_t[:, n], out[:, n]], dim=1), fold)
+        z = F.pixel_unshuffle(torch.cat([x_t[:, n], out[:, n], before[:, n]], dim=1), fold)
         for i, layer in enumerate(net.detail.layers):
             assert layer.weight.shape[2:] == (3, 3)
             z = F.conv2d(z, layer.weight, layer.bias, padding=1)
@@ -859,24 +863,66 @@ def test_the_detail_head_is_four_convolutions_of_x_t_and_the_tokens_estimate(chu
     assert i == 3
 
 
-def test_the_detail_head_joins_patches_and_sees_no_other_frame():
+def test_the_detail_head_joins_patches_and_no_frames():
     net, (_, x_t, t, _) = tiny(detail=6), clip(N=3)
     e = net.time_embedding(model_py.sinusoid(1000 * t, 16).double())
-    out = torch.zeros_like(x_t)
-    before = net.detail(x_t, out, e)
+    out, none = torch.zeros_like(x_t), x_t[:, :, :0]
+    plain = net.detail(x_t, out, none, e)
     out[:, 1, :, 1, 1] += 1  # the last pixel of a patch, in the second frame
-    changed = (net.detail(x_t, out, e) - before).abs().amax((0, 2))
+    changed = (net.detail(x_t, out, none, e) - plain).abs().amax((0, 2))
     assert changed[1, 2, 2] > 0, "in the next patch"
     assert changed[[0, 2]].max() == 0
 
 
-def test_a_cached_rollout_with_a_detail_head_is_the_parallel_pass():
-    net, (x, x_t, t, c) = tiny(detail=6), clip(N=3)
+@contextmanager
+def seen_before(net):
+    """Record the frames before that each call of the detail head is given."""
+    seen = []
+    hook = net.detail.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    yield seen
+    hook.remove()
+
+
+def test_the_detail_head_sees_the_frames_right_before_and_none_that_is_not_finished():
+    net, (x, x_t, t, c) = tiny(detail=6, detail_frames=2), clip()
+    none = torch.zeros_like(x[:, :1])
+    wanted = torch.cat([torch.cat([none, x[:, :-1]], 1), torch.cat([none, none, x[:, :-2]], 1)], 2)
+    with seen_before(net) as seen:
+        net(x_t, t, c, x[:, :-1])
+        assert same(seen[0], wanted)
+        for given in range(6):  # the frames that are not given are not finished
+            net(x_t, t, c, x[:, :given])
+            finished = x.clone()
+            finished[:, given:] = 0
+            shifted = [F.pad(finished, (0, 0) * 3 + (lag, 0))[:, :6] for lag in (1, 2)]
+            assert same(seen[-1], torch.cat(shifted, 2))
+
+
+@pytest.mark.parametrize("window, sink", [(None, 0), (3, 0), (3, 1)])
+def test_a_rollout_shows_the_detail_head_the_same_frames(window, sink):
+    """In each Euler step, from a cache whose window moves."""
+    net, (_, noise, _, c) = tiny(detail=6, detail_frames=2), clip()
+    cache = net.cache(2, 6, window=window, sink=sink)
+    with seen_before(net) as seen:
+        made = list(rollout(net, noise, torch.ones(2).double(), c, 2, cache=cache))
+    padded = [torch.zeros_like(made[0])] * 2 + made
+    assert len(seen) == 12
+    for call, before in enumerate(seen):
+        i = call // 2
+        assert same(before, torch.cat([padded[i + 1], padded[i]], dim=2)), (i, call)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_cached_rollout_with_a_detail_head_is_the_parallel_pass(count):
+    net, (x, x_t, t, c) = tiny(detail=6, detail_frames=count), clip(N=4)
     together = net(x_t, t, c, x[:, :-1])
-    cache, history = net.cache(2, 3), None
-    for i in range(3):
+    cache, history = net.cache(2, 4), None
+    for i in range(4):
         assert close(net(x_t[:, [i]], t[:, [i]], c, history, cache, i), together[:, [i]])
         history = x[:, [i]]
+    cache = net.cache(2, 4)  # all at once, then again from what the cache has kept
+    assert close(net(x_t, t, c, x[:, :-1], cache), together)
+    assert close(net(x_t, t, c, None, cache), together)
 
 
 class FixedLevel:
@@ -914,10 +960,11 @@ def test_what_the_network_predicts_is_v_or_x(tmp_path):
 
     run = make_run(tmp_path / "old")
     state = checkpoint_of(run)
-    del state["config"]["predict"], state["config"]["detail"]  # from before there was a choice
+    for name in ("predict", "detail", "detail_frames"):  # from before there was a choice
+        del state["config"][name]
     torch.save(state, run / "ckpt.pt")
     config = load_checkpoint(run).config
-    assert (config.predict, config.detail) == ("v", 0)
+    assert (config.predict, config.detail, config.detail_frames) == ("v", 0, 0)
 
 
 def test_weights_of_half_precision_become_whole(tmp_path):
@@ -1066,6 +1113,10 @@ def test_a_cache_says_when_it_is_full_or_foreign():
         net(x_t[:, :1], t[:, :1], c, x, net.cache(2, 3), first=6)
     with pytest.raises(ValueError, match="window of 2 frames with a sink of 2"):
         net.cache(2, 3, window=2, sink=2)
+    convolved = tiny(detail=6, detail_frames=2)
+    assert convolved.cache(2, 9, window=3, sink=1).frames == 3
+    with pytest.raises(ValueError, match="3 frames with a sink of 2: .* see 2 frames"):
+        convolved.cache(2, 9, window=3, sink=2)
     with pytest.raises(ValueError, match="a pass of 2 videos on a cache for 4"):
         net(x_t[:, :1], t[:, :1], c, x[:, :1], net.cache(4, 3), first=1)
 
@@ -1089,6 +1140,10 @@ def test_sizes_that_do_not_fit_are_refused():
     for wrong in ({"layers": 0}, {"patch": -1}, {"top_k": 0}, {"dim": None}, {"heads": "two"}):
         with pytest.raises(ValueError, match=f"{[*wrong][0]} is .*; wanted a number above 0"):
             Config(**wrong)
+    with pytest.raises(ValueError, match="detail_frames 2 needs convolutions; a detail of 32"):
+        Config(detail_frames=2)
+    with pytest.raises(ValueError, match="detail_frames 2: wanted at most the window, 1"):
+        Config(detail=8, detail_frames=2, window=1)
 
 
 def test_compiled_blocks_change_nothing_and_are_not_compiled_anew_for_every_frame():
@@ -2368,16 +2423,18 @@ def resampled(net, x, c, shift, euler, generator):
 
 @pytest.mark.parametrize(
     "predict, detail, muon, clip",
-    [("v", 0, None, 0.62), ("x", 8, 0.002, 1.9)],
+    [("v", {}, None, 0.62), ("x", {"detail": 8, "detail_frames": 2}, 0.002, 1.9)],
 )
 def test_the_loop_is_algorithm_1(predict, detail, muon, clip, tmp_path, quick):
     flags = "--steps 4 --warmup 2 --batch 4 --accumulate 2 --shift 0.3 --resample-steps 2"
     flags += f" --time-shift 3 --drop 0.5 --clip {clip} --ema 0.2 --lr 0.003 --decay constant"
-    flags += f" --predict {predict} --detail {detail}"
+    flags += f" --predict {predict}"
+    for name, size in detail.items():
+        flags += f" --{name.replace('_', '-')} {size}"
     flags += " --optimizer " + (f"muon --muon-lr {muon}" if muon else "adamw")
     state = run_train(tmp_path / "run", *flags.split())
     settings = (4, 2, 4, 0.3, 2, 3, 0.5, clip, 0.2, 0.003)
-    config = replace(TINY_CONFIG, predict=predict, detail=detail)
+    config = replace(TINY_CONFIG, predict=predict, **detail)
     net, average, losses, norms = by_hand(config, muon, *settings)
 
     assert np.allclose(logged(tmp_path / "run"), losses, atol=1e-5)
@@ -3036,7 +3093,7 @@ def test_the_workers_of_a_group_are_not_forked_beside_its_threads(monkeypatch):
 def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, optimizer, quick):
     flags = [*TINY, "--batch", 4, "--warmup", 1, "--layers", 2, "--decay", "constant"]
     flags = [*map(str, flags), "--accumulate", "2", "--lr", "1e-3", "--muon-lr", "1e-3"]
-    flags += ["--optimizer", optimizer, "--detail", "8"]
+    flags += ["--optimizer", optimizer, "--detail", "8", "--detail-frames", "2"]
     train.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
 
     more = ["--fsdp", "--recompute", "--workers", "1"] if sharded else []
@@ -3122,17 +3179,17 @@ def planned(config, words, *flags):
 @pytest.mark.parametrize(
     "chunk, steps, window, detail",
     (
-        (1, 1, None, 0),
-        (3, 1, None, 0),
-        (1, 3, None, 0),
-        (1, 1, 2, 0),
-        (1, 1, None, 8),
-        (3, 1, 2, 8),
+        (1, 1, None, {}),
+        (3, 1, None, {}),
+        (1, 3, None, {}),
+        (1, 1, 2, {}),
+        (1, 1, None, {"detail": 8}),
+        (3, 1, 2, {"detail": 8, "detail_frames": 2}),
     ),
 )
 def test_the_plan_counts_the_flops_that_run(chunk, steps, window, detail, monkeypatch):
     monkeypatch.setattr(model_py, "attend", one_call_per_frame)
-    config = Config(4, 48, 100, 2, 3, 2, chunk, text_dim=10, window=window, detail=detail)
+    config = Config(4, 48, 100, 2, 3, 2, chunk, text_dim=10, window=window, **detail)
     cost = planned(config, 7, "--frames", 4 * chunk, "--batch", 2, "--resample-steps", steps)
 
     net, x, c = CausalDiT(config), torch.randn(2, 4, 4 * chunk, 4, 6), torch.randn(2, 7, 10)
@@ -3197,14 +3254,14 @@ def one_call(q, k, v, past, own, *_):
     return F.scaled_dot_product_attention(q, k, v).view(*q.shape[:2], len(past), -1, q.shape[-1])
 
 
-@pytest.mark.parametrize("layers, detail", ((2, 0), (5, 0), (2, 64)))
+@pytest.mark.parametrize("layers, detail", ((2, (0, 0)), (5, (0, 0)), (2, (64, 0)), (2, (64, 2))))
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 def test_the_plan_counts_the_activations_that_backward_keeps(
     layers, detail, precision, monkeypatch
 ):
     monkeypatch.setattr(model_py, "attend", one_call)
     sizes = {"dim": 32, "ffn_dim": 160, "heads": 2, "layers": layers, "patch": 2, "text_dim": 10}
-    config = Config(channels=4, detail=detail, **sizes)
+    config = Config(channels=4, detail=detail[0], detail_frames=detail[1], **sizes)
     args = train.parse(["--frames", "6", "--batch", "2", "--precision", precision])
     args.height, args.width = 24, 32
     net, x, c = CausalDiT(config), torch.randn(2, 6, 4, 24, 32), torch.randn(2, 7, 10)
@@ -3296,6 +3353,8 @@ def inputs(tmp_path_factory, trained):
         ("--dim 48 --heads 5", "--dim 48 cannot be split into --heads 5 .*; --dim 50 would work"),
         ("--frames 7 --chunk 3", "--frames 7 is not divisible by 3, the chunk; 9 would work"),
         ("--frames 3 --chunk 3", "--frames 3: wanted two or more chunks of 3.*; 6 would work"),
+        ("--detail-frames 2", "detail_frames 2 needs convolutions; a detail of 32 would work"),
+        ("--detail 8 --detail-frames 4 --frames 4", "--detail-frames 4: a clip has 4 frames;"),
         ("--batch 3 --accumulate 2", r"--batch 3 is not divisible by 2, .*\(1\).*; 4 would work"),
         (
             "--patch 8 --size 16 --predict v",
@@ -3665,6 +3724,13 @@ def test_flags_that_are_set_are_kept_and_latents_have_defaults_of_their_own(rand
     assert sample.sampler_settings(args)["window"] is None, "0 is all of the history"
     args, _ = filled(make_run(tmp_path / "latents", data="latents", words=None))
     assert (args.steps, args.guidance) == (32, 5.0)
+
+
+def test_a_window_shorter_than_what_the_convolutions_see_is_refused(tmp_path, here):
+    run = make_run(tmp_path / "run", {"detail": 4, "detail_frames": 2})
+    call(run, "red circle", "--window", "3", "--sink", "1", "--frames", "6")
+    with pytest.raises(ValueError, match="--window 2: .* see 2 frames; --window 3 or more"):
+        call(run, "red circle", "--window", "2", "--sink", "1", "--frames", "6")
 
 
 @pytest.mark.parametrize(

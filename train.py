@@ -440,6 +440,9 @@ def add_network_flags(add):
     add("--detail", type=bounded_int(0, 2**16),
         help="channels of the convolutions behind the tokens, which sharpen pixels: try 32 "
              "(default: the preset's: 0, none)")
+    add("--detail-frames", type=bounded_int(0, 1024),
+        help="finished frames that these convolutions see, too, for small things that move: try 2, "
+             "with --history noise (default: the preset's: 0)")
     add("--chunk", type=bounded_int(1, 1024),
         help="latent frames in an autoregressive frame; the paper: 3 (default: the preset's)")
     add("--top-k", type=positive_int,
@@ -614,6 +617,12 @@ def check_network(args):
             f"to resample; {2 * chunk} would work, or --history teacher"
         )
     check_divisible("--frames", args.frames, chunk, "the chunk")
+    detail_frames = args.detail_frames or 0
+    if detail_frames and detail_frames >= args.frames // chunk:
+        raise ValueError(
+            f"--detail-frames {detail_frames}: a clip has {args.frames // chunk} frames; "
+            "wanted fewer than these"
+        )
 
 
 def check_divisible(flag, value, unit, unit_name):
@@ -931,6 +940,7 @@ def make_config(args, data):
         "chunk": args.chunk,
         "predict": args.predict,
         "detail": args.detail,
+        "detail_frames": args.detail_frames,
         "top_k": args.top_k,
         "window": args.window,
         "channels": data.channels if data else None,
@@ -1298,7 +1308,8 @@ def detail_flops(config, P):
     W, scale = config.detail, config.detail_scale
     values = config.chunk * config.channels * scale**2
     places = P // config.chunk * config.patch**2 // scale**2
-    return 2 * (places * 9 * W * (3 * values + 2 * W) + config.dim * 2 * W)
+    inputs = (2 + config.detail_frames) * values
+    return 2 * (places * 9 * W * (inputs + values + 2 * W) + config.dim * 2 * W)
 
 
 def attended_frames(config, n):
@@ -1345,7 +1356,8 @@ def plan(args, config, words, world):
     blocks = config.layers - 0.25  # the last one keeps less of the history
     kept = 4 * config.dim * config.layers + token if args.recompute else token * blocks
     values = config.chunk * config.channels * config.detail_scale**2
-    place = 4 * (2 * values + 7 * config.detail) if config.detail else 0  # of the convolutions
+    inputs = (2 + config.detail_frames) * values
+    place = 4 * (inputs + 7 * config.detail) if config.detail else 0  # of the convolutions
     places = N * args.height * args.width // config.detail_scale**2
 
     shards = world if args.fsdp else 1
