@@ -41,7 +41,7 @@ class Config:
     window: int | None = None  # history frames that a frame sees, in training too; None: all
     predict: str = "v"  # what the head returns: the velocity v, or "x", the clean frame
     detail: int = 0  # channels of the convolutions behind the head; 0: there are none
-    detail_frames: int = 0  # finished frames before a noisy one that they see, too
+    detail_frames: int = 0  # frames right before a noisy one that the convolutions see, too
     eps: float = 1e-6
 
     def __post_init__(self):
@@ -266,8 +266,8 @@ class DetailHead(nn.Module):
 
     A token draws its patch alone, from D numbers. The convolutions see the estimate and x_t across
     the borders of patches, as in DiP (arXiv 2511.18822). With `detail_frames` they also see the
-    pixels of so many finished frames before it, and learn how a thing of a few pixels moves; train
-    them with noise on the history, or they copy its errors on and rollouts fall apart.
+    pixels of that many frames right before it, and learn how a thing of a few pixels moves. Train
+    them with noise on the history; without it they copy its errors on, and rollouts fall apart.
     They run at half the resolution, or at the whole one where the patch is odd.
     """
 
@@ -287,9 +287,10 @@ class DetailHead(nn.Module):
         )
 
     def forward(self, x_t, out, before, e):
-        """Refine out (B, N, C, height, width), the tokens' estimate of x_t's clean frames.
+        """Refine what the tokens return for the noisy frames x_t: v, or the clean frames.
 
-        before (B, N, detail_frames · C, height, width): of `frames_before`. e (B, N, D).
+        x_t, out (B, N, C, height, width), e (B, N, D), and before (B, N, detail_frames · C,
+        height, width) from `frames_before`. Returns the refined out.
         """
         shift, scale = self.modulation(e).flatten(0, 1)[..., None, None].chunk(2, dim=1)
         first, *inner, last = self.layers
@@ -308,9 +309,14 @@ def frames_before(finished, first, N, count):
     finished (B, S, C, height, width), numbered from 0; the noisy frames are first, first + 1, ...
     Returns (B, N, count · C, height, width).
     """
-    padded = F.pad(finished, (0, 0, 0, 0, 0, 0, count, N))  # number i stands at i + count
-    starts = [first + count - lag for lag in range(1, count + 1)]
-    return torch.cat([padded[:, :N, :0], *(padded[:, i : i + N] for i in starts)], dim=2)
+    B, S, *shape = finished.shape
+    none = finished.new_zeros(B, *shape)
+    stacks = []
+    for number in range(first, first + N):
+        before = range(number - 1, number - 1 - count, -1)
+        frames = [finished[:, i] if 0 <= i < S else none for i in before]
+        stacks.append(torch.cat([none[:, :0], *frames], dim=1))  # the first, for a count of 0
+    return torch.stack(stacks, dim=1)
 
 
 def patchify(x, config):
@@ -385,7 +391,8 @@ class CausalDiT(nn.Module):
         t (B, N): their noise levels in [0, 1]. c (B, L, text_dim): the condition.
         history (B, M, chunk · C, height, width) or None: finished frames that follow those in
         the cache.
-        cache: `Cache` or None; the history's keys and values are appended to it.
+        cache: `Cache` or None; the history's keys and values are appended to it, with
+        detail_frames its pixels, too.
         history_t (B, M) or None: noise levels of the history, for diffusion forcing; None: all 0.
         Returns v shaped like x, in float32 (float64 if the weights are). Raises ValueError where
         shapes do not fit the configuration.
@@ -436,7 +443,7 @@ class CausalDiT(nn.Module):
         with torch.autocast(device.type, enabled=False):
             out = self.head(tokens, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
             out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
-            if config.detail:
+            if config.detail and N:  # N = 0: the pass only fills the cache
                 before = frames_before(finished, position, N, config.detail_frames)
                 out = self.detail(x, out, before, e[:, M:])
         return out if config.predict == "v" else velocity(x, t, out)
@@ -494,7 +501,7 @@ class Cache:
         self.k = None  # (layers, B, H, slots, P, E)
         self.v = None
         self.descriptor = None  # mean keys, (layers, B, H, slots, E)
-        self.finished = None  # with detail_frames: the frames (B, slots, C, height, width)
+        self.finished = None  # with detail_frames: their pixels, (B, frames, C, height, width)
         self.c = None  # the condition
         self.text = {}  # its keys and values in each layer
 
@@ -560,8 +567,8 @@ class WindowCache(Cache):
             )
         if window - sink < config.detail_frames:
             raise ValueError(
-                f"a window of {window} frames with a sink of {sink}: the convolutions of this "
-                f"model see {config.detail_frames} frames behind the sink"
+                f"a window of {window} frames with a sink of {sink} keeps {window - sink} recent "
+                f"ones; the convolutions of this model see {config.detail_frames}"
             )
         super().__init__(config, batch, window)
         self.slots = window + 1  # the noisy frame of a rollout

@@ -599,12 +599,7 @@ def check(args, model):
     if measured:
         check_parts(args.parts, args.frames)
     check_sink(args, model)
-    seen = model.config.detail_frames
-    if args.window and args.window - args.sink < seen:
-        raise ValueError(
-            f"--window {args.window}: the convolutions of this model see {seen} frames; "
-            f"--window {args.sink + seen} or more would work"
-        )
+    check_detail_frames(args, model.config.detail_frames)
     if args.routing and not model.config.top_k:
         raise ValueError("--routing needs a model that routes: train one with --top-k 5")
     if not of_pixels and not args.wan and not measured:
@@ -644,6 +639,23 @@ def check_sink(args, model):
         )
 
 
+def check_detail_frames(args, seen):
+    """Refuse a window that does not hold what the convolutions see. Raises ValueError."""
+    if not args.window:
+        return
+    if args.window < seen:
+        raise ValueError(
+            f"--window {args.window}: the convolutions of this model see the last {seen} frames; "
+            f"--window {args.sink + seen} or more would work"
+        )
+    if args.window - args.sink < seen:
+        raise ValueError(
+            f"--sink {args.sink} leaves {args.window - args.sink} recent frames in --window "
+            f"{args.window}, and the convolutions of this model see {seen}; "
+            f"--sink {args.window - seen} would work"
+        )
+
+
 def check_switches(args, chunk):
     """Validate the frames of --then. Raises ValueError."""
     seen = set()
@@ -674,7 +686,7 @@ def check_memory(args, model):
 
 
 def memory_needed(args, model, videos):
-    """Estimate the bytes of a rollout: noise, finished frames, and the cache's keys and values."""
+    """Estimate the bytes of a rollout: noise, finished frames, and what the cache holds."""
     config = model.config
     height, width = model.run["height"], model.run["width"]
     frames = 4 * args.frames * config.channels * height * width  # float32, of one video
@@ -685,6 +697,8 @@ def memory_needed(args, model, videos):
     branches = 1 if args.guidance == 1 else 2
     batch = min(videos, EVAL_BATCH) if args.eval or args.compare else videos
     cache = 2 * 4 * config.layers * config.dim * tokens * slots * branches * batch
+    if config.detail_frames:
+        cache += 4 * config.chunk * config.channels * height * width * slots * branches * batch
     kept = 3 * videos * frames  # noise, finished frames and thumbnails; or truth and rollouts
     return kept + cache
 

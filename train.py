@@ -307,14 +307,16 @@ def update_ema(ema, net, decay, step):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw") with an iteration in float32.
+    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), iterating in the gradient's precision.
 
-    It orthogonalizes the update of each matrix, and scales it to the size of one of AdamW
-    (arXiv 2502.16982). torch's own class iterates in bfloat16. A CPU without instructions for that
-    takes 15 to 25 times as long as in float32, and a default training step 2.6 times as long
-    (AVX2; `results/bench_step.py`). Its rounding also lets runs of the same steps drift apart, on
-    one process and on two.
+    It makes the update of each matrix nearly orthogonal, and as large as one of AdamW
+    (arXiv 2502.16982). torch's own class iterates in bfloat16. On a CPU without instructions for
+    it (AVX2) a default training step then takes 2 to 2.5 times as long (`results/bench_step.py`),
+    and the rounding drives runs on one process and on two apart. On a GPU bfloat16 is faster.
     """
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -441,8 +443,8 @@ def add_network_flags(add):
         help="channels of the convolutions behind the tokens, which sharpen pixels: try 32 "
              "(default: the preset's: 0, none)")
     add("--detail-frames", type=bounded_int(0, 1024),
-        help="finished frames that these convolutions see, too, for small things that move: try 2, "
-             "with --history noise (default: the preset's: 0)")
+        help="frames right before each noisy one that these convolutions see, too, for small "
+             "things that move: try 2, with --history noise (default: the preset's: 0)")
     add("--chunk", type=bounded_int(1, 1024),
         help="latent frames in an autoregressive frame; the paper: 3 (default: the preset's)")
     add("--top-k", type=positive_int,
@@ -617,11 +619,20 @@ def check_network(args):
             f"to resample; {2 * chunk} would work, or --history teacher"
         )
     check_divisible("--frames", args.frames, chunk, "the chunk")
-    detail_frames = args.detail_frames or 0
-    if detail_frames and detail_frames >= args.frames // chunk:
+    check_detail_frames(args, preset, args.frames // chunk)
+
+
+def check_detail_frames(args, preset, frames):
+    """Raise ValueError for --detail-frames without convolutions, or more than clips can show."""
+    wanted = args.detail_frames
+    if not wanted:
+        return
+    if not (preset.detail if args.detail is None else args.detail):
+        raise ValueError(f"--detail-frames {wanted} needs convolutions; --detail 32 would work")
+    if wanted >= frames:
         raise ValueError(
-            f"--detail-frames {detail_frames}: a clip has {args.frames // chunk} frames; "
-            "wanted fewer than these"
+            f"--detail-frames {wanted}: a clip has {frames} frames, {frames - 1} before the last; "
+            f"{frames - 1} or less would work"
         )
 
 
@@ -1373,6 +1384,9 @@ def plan(args, config, words, world):
         "activations": clips * ((2 * N - 1) * P * kept + places * place),
         "cache": 2 * size * clips * config.layers * N * P * config.dim,
     }
+    if config.detail_frames:
+        pixels = config.chunk * config.channels * args.height * args.width
+        memory["cache"] += 4 * clips * N * pixels
     computed = 4 * forward if args.recompute else teacher
     ratio = 1 + (resample - teacher) / computed
     return Cost(weights // 4, teacher, resample, ratio, memory)
