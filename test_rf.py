@@ -5086,6 +5086,7 @@ def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
     """A script without a SEED trains with the default one."""
     takes_seed = script in SEEDED
     (tmp_path / "runs/table-1/ours-5").mkdir(parents=True)  # fig-6.sh links it
+    (tmp_path / "games").mkdir()  # games.sh marks it as whole
     commands = commands_of(script, *(["5"] if takes_seed else []), folder=tmp_path)
     parsers = {"train.py": train.parse, "results/rivals.py": rivals.parse}
     parsers |= {"results/evidence.py": evidence.parse, "sample.py": sample.parse}

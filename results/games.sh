@@ -8,10 +8,9 @@ runs=${2:-runs/games}
 small="--size 64 --patch 16 --dim 128 --frames 8 --batch 4 --ema 0.998"
 small="$small --motion 4 --detail 32 --detail-frames 2 --history noise --warmup 0"
 
-if [ ! -e "$games/done" ]; then
-    rm -rf "${games:?}"
+if [ ! -e "$games/done" ]; then  # an interrupted recording is refused, not replaced
     python results/record_games.py $games --clips 960
-    mkdir -p "$games" && touch "$games/done"
+    touch "$games/done"
 fi
 row $runs/noise-0.3 $train --data $games/train $small --noise 0.3 --steps 2500
 row $runs/noise-0.1 $train --data $games/train $small --noise 0.1 --steps 4000 --lr 4e-3 --muon-lr 0.01 --init $runs/noise-0.3
