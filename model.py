@@ -73,6 +73,16 @@ class Config:
         """Pixels along a side of what `DetailHead` convolves: 2, or 1 if the patch is odd."""
         return 2 - self.patch % 2
 
+    @property
+    def detail_values(self):
+        """Values of a frame in each place that `DetailHead` convolves."""
+        return self.chunk * self.channels * self.detail_scale**2
+
+    @property
+    def detail_inputs(self):
+        """Values that it reads there: of x_t, the tokens' estimate and the frames before."""
+        return (2 + self.detail_frames) * self.detail_values
+
 
 PRESETS = {
     "toy": Config(patch=8, predict="x"),
@@ -275,14 +285,13 @@ class DetailHead(nn.Module):
         super().__init__()
         self.scale = config.detail_scale
         width = config.detail
-        values = config.chunk * config.channels * self.scale**2
         self.modulation = nn.Linear(config.dim, 2 * width)
         self.layers = nn.ModuleList(
             [
-                nn.Conv2d((2 + config.detail_frames) * values, width, 3, padding=1),
+                nn.Conv2d(config.detail_inputs, width, 3, padding=1),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.Conv2d(width, width, 3, padding=1),
-                nn.Conv2d(width, values, 3, padding=1),
+                nn.Conv2d(width, config.detail_values, 3, padding=1),
             ]
         )
 

@@ -3834,6 +3834,20 @@ def test_the_memory_that_is_refused_is_the_memory_that_is_used(random_run):
     assert len(set(cost.values())) == 3
 
 
+@pytest.mark.parametrize("flags", [["--window", "3"], ["--window", "0"], ["--guidance", "1"]])
+def test_the_memory_that_is_refused_counts_the_pixels_that_the_convolutions_see(flags, tmp_path):
+    costs = []
+    for count in (0, 2):
+        run = make_run(tmp_path / str(count), {"detail": 4, "detail_frames": count})
+        args, model = filled(run, "--frames", "20", *flags)
+        costs.append(sample.memory_needed(args, model, 1))
+    net = load_checkpoint(run)
+    c = Words(*net.run["words"])("red circle")[None]
+    cache = net.cache(1 if args.guidance == 1 else 2, 20, args.window or None)
+    net(torch.zeros(cache.batch, 1, 3, 8, 8), torch.ones(cache.batch, 1), c, cache=cache)
+    assert costs[1] - costs[0] == cache.finished.nbytes
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -1316,11 +1316,10 @@ def flops(config, N, M, P, words):
 
 def detail_flops(config, P):
     """FLOPs of `model.DetailHead` on a frame of P tokens."""
-    W, scale = config.detail, config.detail_scale
-    values = config.chunk * config.channels * scale**2
-    places = P // config.chunk * config.patch**2 // scale**2
-    inputs = (2 + config.detail_frames) * values
-    return 2 * (places * 9 * W * (inputs + values + 2 * W) + config.dim * 2 * W)
+    W = config.detail
+    places = P // config.chunk * config.patch**2 // config.detail_scale**2
+    weights = 9 * W * (config.detail_inputs + config.detail_values + 2 * W)
+    return 2 * (places * weights + config.dim * 2 * W)
 
 
 def attended_frames(config, n):
@@ -1366,10 +1365,8 @@ def plan(args, config, words, world):
     token = (61 + 7.5 * size) * config.dim + 2 * size * config.ffn_dim  # kept by a block, fitted
     blocks = config.layers - 0.25  # the last one keeps less of the history
     kept = 4 * config.dim * config.layers + token if args.recompute else token * blocks
-    values = config.chunk * config.channels * config.detail_scale**2
-    inputs = (2 + config.detail_frames) * values
-    place = 4 * (inputs + 7 * config.detail) if config.detail else 0  # of the convolutions
-    places = N * args.height * args.width // config.detail_scale**2
+    place = 4 * (config.detail_inputs + 7 * config.detail) if config.detail else 0
+    places = N * args.height * args.width // config.detail_scale**2  # of the convolutions
 
     shards = world if args.fsdp else 1
     gathered = 0
