@@ -306,10 +306,13 @@ class DetailHead(nn.Module):
 
         z = torch.cat([x_t, out, before], dim=2).flatten(0, 1).to(first.weight.dtype)
         z = F.pixel_unshuffle(z, self.scale)  # (B · N, channels, rows, columns)
-        z = F.gelu(modulate(first(z), shift, scale))
+        z = first(z.to(memory_format=torch.channels_last))  # convolutions are faster in this order
+        z = F.gelu(modulate(z, shift.to(z.dtype), scale.to(z.dtype)))
         for layer in inner:
             z = F.gelu(layer(z))
-        return out + F.pixel_shuffle(last(z), self.scale).unflatten(0, out.shape[:2])
+        with torch.autocast(z.device.type, enabled=False):  # the pixels are float32, as the head's
+            z = last(z.to(last.weight.dtype))
+        return out + F.pixel_shuffle(z, self.scale).unflatten(0, out.shape[:2])
 
 
 def frames_before(finished, first, N, count):
@@ -452,9 +455,9 @@ class CausalDiT(nn.Module):
         with torch.autocast(device.type, enabled=False):
             out = self.head(tokens, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
             out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
-            if config.detail and N:  # N = 0: the pass only fills the cache
-                before = frames_before(finished, position, N, config.detail_frames)
-                out = self.detail(x, out, before, e[:, M:])
+        if config.detail and N:  # N = 0: the pass only fills the cache
+            before = frames_before(finished, position, N, config.detail_frames)
+            out = self.detail(x, out, before, e[:, M:])
         return out if config.predict == "v" else velocity(x, t, out)
 
     def cache(self, batch, frames, window=None, sink=0):

@@ -54,26 +54,27 @@ def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch, motion=0
     v = model(add_noise(x, eps, t), t, c, history)
     error = (v - (eps - x)).square()
     if motion:
-        error = error * motion_weight(history, motion)
+        error = error * motion_weight(x[:, :-1], motion)
     return error.mean()
 
 
-def motion_weight(history, amount, reach=4):
-    """Weights of the loss (B, N, 1, height, width), larger where the history was changing.
+def motion_weight(past, amount, reach=4):
+    """Weights of the loss (B, N, 1, height, width), larger where the past was changing.
 
-    history (B, N - 1, C, height, width). The weight of a pixel of frame i is
-    (1 + amount m / mean(m)) / (1 + amount), where m is the largest change within `reach` pixels
-    from frame i - 2 to frame i - 1 of the history, and the mean is over the frame. It is 1 in the
-    first two frames, and where a frame of the history repeats the one before it.
+    past (B, N - 1, C, height, width): the true frames before the last one. The weight of a pixel of
+    frame i is (1 + amount m / mean(m)) / (1 + amount), where m is the largest change within `reach`
+    pixels from frame i - 2 to frame i - 1, and the mean is over the frame. It is 1 in the first two
+    frames, and where a frame repeats the one before it.
 
-    The weight of frame i depends only on what the network sees when it predicts frame i, so that
-    the minimizer of the loss, the mean of v, stays where it is. Weighing by the change to frame i
-    itself would favour change: the model then paints copies of what moves.
+    The weight of frame i depends on the frames before it alone. Weighing by the change to frame i
+    itself would favour change: the model then paints copies of what moves. The past is the true
+    one, even where the network sees another history: noise on it would look like motion everywhere
+    and hide what moves.
     """
-    B, M, _, height, width = history.shape
+    B, M, _, height, width = past.shape
     if M < 2:
-        return history.new_ones(B, M + 1, 1, height, width)
-    change = (history[:, 1:] - history[:, :-1]).abs().mean(2)  # (B, N - 2, height, width)
+        return past.new_ones(B, M + 1, 1, height, width)
+    change = (past[:, 1:] - past[:, :-1]).abs().mean(2)  # (B, N - 2, height, width)
     change = F.max_pool2d(change, 2 * reach + 1, stride=1, padding=reach)
     mean = change.mean((2, 3), keepdim=True)
     relative = torch.where(mean > 1e-6, change / mean.clamp(min=1e-6), 1.0)

@@ -228,6 +228,8 @@ def test_the_loss_can_weigh_what_moves():
     exact.error = torch.randn(2, 4, 3, 24, 24)
     loss = flow_matching_loss(exact, x, c, x[:, :-1], motion=4.0)
     assert close(loss, (weight * exact.error**2).mean(), 1e-4)
+    noisy = torch.randn(2, 3, 3, 24, 24)
+    assert flow_matching_loss(exact, x, c, noisy, motion=4.0) == pytest.approx(loss.item(), 1e-4)
 
     stops = rf.motion_weight(x[:, [0, 1, 1]], 4.0)  # in frame 2, which frame 2 must not know
     assert torch.equal(stops[:, :3], weight[:, :3]) and (stops[:, 3] == 1).all()
@@ -1037,6 +1039,19 @@ def test_autocast_changes_the_velocity_by_its_rounding():
     net, (x, x_t, t, c) = tiny().float(), (z.float() for z in clip())
     with torch.autocast("cpu", torch.bfloat16):
         low = net(x_t, t, c, x[:, :-1])
+    high = net(x_t, t, c, x[:, :-1])
+    assert low.dtype == torch.float32 and 0 < (low - high).norm() < 0.02 * high.norm()
+
+
+def test_autocast_reaches_the_convolutions_but_the_last():
+    """Three of four run in bf16; the pixels are float32, as those of the head."""
+    net, (x, x_t, t, c) = tiny(detail=8, detail_frames=2).float(), (z.float() for z in clip())
+    types = []
+    for layer in net.detail.layers:
+        layer.register_forward_hook(lambda layer, args, out: types.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = net(x_t, t, c, x[:, :-1])
+    assert types == 3 * [torch.bfloat16] + [torch.float32]
     high = net(x_t, t, c, x[:, :-1])
     assert low.dtype == torch.float32 and 0 < (low - high).norm() < 0.02 * high.norm()
 
@@ -5122,8 +5137,8 @@ def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
 
 
 def game_of_a_dot(kind):
-    """Four videos (4, 48, 3, 64, 64) of a dot on a plain field; `kind` says what becomes of it."""
-    video = torch.full((4, 48, 3, 64, 64), -0.5)
+    """Four videos (4, 48, 3, 80, 80) of a dot on a plain field; `kind` says what becomes of it."""
+    video = torch.full((4, 48, 3, 80, 80), -0.5)
     for b in range(4):
         for frame in range(48):
             gone = kind == "gone" and frame > 20
@@ -5169,8 +5184,8 @@ def test_recorded_games_have_moving_things(tmp_path):
     names = [path.read_text() for path in sorted(folder.glob("*.txt"))]
     assert sorted(names) == sorted(small_things.FIELDS)
     for path in folder.glob("*.mp4"):
-        video = read_video(path, 64)
-        assert video.shape == (64, 3, 64, 64)
+        video = read_video(path, 80)
+        assert video.shape == (64, 3, 80, 80)
         assert (video[1:] - video[:-1]).abs().amax((1, 2, 3)).median() > 0.15, path
     trained_on = {path.read_bytes() for path in (tmp_path / "games/train").glob("*.mp4")}
     assert trained_on.isdisjoint(path.read_bytes() for path in folder.glob("*.mp4"))
@@ -5183,7 +5198,7 @@ def test_small_things_are_followed_in_a_runs_own_clips(tmp_path, capsys, quick):
         with writer(tmp_path / f"clips/{i}.mp4", 30) as out:
             out(game_of_a_dot("moves")[i, :14])
         (tmp_path / f"clips/{i}.txt").write_text(game)
-    flags = ["--data", tmp_path / "clips", "--size", 64, "--patch", 16, "--steps", 1]
+    flags = ["--data", tmp_path / "clips", "--size", 80, "--patch", 16, "--steps", 1]
     run_train(tmp_path / "run", *flags)
     command = f"{tmp_path}/run {tmp_path}/clips --frames 14 --from 4 --steps 1"
     small_things.main(command.split())

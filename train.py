@@ -1365,7 +1365,9 @@ def plan(args, config, words, world):
     token = (61 + 7.5 * size) * config.dim + 2 * size * config.ffn_dim  # kept by a block, fitted
     blocks = config.layers - 0.25  # the last one keeps less of the history
     kept = 4 * config.dim * config.layers + token if args.recompute else token * blocks
-    place = 4 * (config.detail_inputs + 7 * config.detail) if config.detail else 0
+    place = 0
+    if config.detail:  # the last convolution is outside of autocast
+        place = size * (config.detail_inputs + 6 * config.detail) + 4 * config.detail
     places = N * args.height * args.width // config.detail_scale**2  # of the convolutions
 
     shards = world if args.fsdp else 1

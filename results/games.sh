@@ -5,7 +5,7 @@
 . "$(dirname "$0")/common.sh"
 games=${1:-games}
 runs=${2:-runs/games}
-small="--size 64 --patch 16 --dim 128 --frames 8 --batch 4 --ema 0.998"
+small="--size 80 --patch 16 --dim 128 --frames 8 --batch 4 --ema 0.998"
 small="$small --motion 4 --detail 32 --detail-frames 2 --history noise --warmup 0"
 
 if [ ! -e "$games/done" ]; then  # an interrupted recording is refused, not replaced

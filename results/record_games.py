@@ -2,11 +2,12 @@
 
   pip install ale-py
   python results/record_games.py games --clips 240 --held-out 48
-  python train.py --data games/train --size 64 ...
+  python train.py --data games/train --size 80 ...
 
-Writes OUT/train and OUT/test: clips of 64 x 64 pixels, 64 frames at 30 a second, each with its
+Writes OUT/train and OUT/test: clips of 80 x 80 pixels, 64 frames at 30 a second, each with its
 caption, "pong", "breakout" or "freeway", in name.txt beside name.mp4. The playing field is cut out
-before it is scaled: a ball is about one pixel, a car three. Held-out clips are other episodes.
+and halved: a ball is one pixel wide and two high, a car four wide. Held-out clips are other
+episodes.
 """
 
 import sys
@@ -21,14 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import to_float, writer
 from sample import new_parser, path_type, positive_int, run_main
 
-SIZE = 64  # pixels along a side
+SIZE = 80  # pixels along a side
 FRAMES = 64  # of a clip
 SKIP = 2  # frames of the game, 60 a second, for each frame of a clip
-FIELDS = {  # rows of the playing field on the screen of 210 x 160 pixels
-    "pong": (34, 194),
-    "breakout": (32, 196),
-    "freeway": (24, 196),
-}
+TOP = {"pong": 34, "breakout": 34, "freeway": 24}  # row of the screen where the field begins
 NOOP, FIRE, UP, RIGHT, LEFT = 0, 1, 2, 3, 4
 PONG_UP, PONG_DOWN = RIGHT, LEFT  # Pong's paddle is turned by a knob
 
@@ -62,7 +59,6 @@ def record(game, seed):
     ale.loadROM(roms.get_rom_path(game))
     rng = np.random.default_rng(seed)
 
-    top, bottom = FIELDS[game]
     start = rng.integers(120, 600)  # of the game's frames, after its first screens
     pictures = []
     for frame in range(start + FRAMES * SKIP):
@@ -70,8 +66,8 @@ def record(game, seed):
             ale.reset_game()
         ale.act(play(game, ale.getRAM(), rng))
         if frame >= start and (frame - start) % SKIP == 0:
-            field = Image.fromarray(ale.getScreenRGB()[top:bottom])
-            pictures.append(np.asarray(field.resize((SIZE, SIZE), Image.Resampling.BOX)))
+            field = ale.getScreenRGB()[TOP[game] :][: 2 * SIZE]  # (160, 160, 3)
+            pictures.append(np.asarray(Image.fromarray(field).reduce(2)))
     return np.stack(pictures)
 
 
@@ -79,7 +75,7 @@ def write_clips(folder, count, first_seed):
     """Write `count` clips, the games in turn."""
     folder.mkdir(parents=True)
     for i in tqdm(range(count), folder.name):
-        game = list(FIELDS)[i % len(FIELDS)]
+        game = list(TOP)[i % len(TOP)]
         path = folder / f"{game}-{i:04d}.mp4"
         with writer(path, 60 // SKIP) as out:
             out(to_float(record(game, first_seed + i)))

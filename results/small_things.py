@@ -37,9 +37,9 @@ from sample import (
 
 # Rows and columns where nothing but the objects moves, and strips of rows of one object each.
 FIELDS = {
-    "pong": (slice(0, 64), slice(10, 54), 1),
-    "breakout": (slice(27, 60), slice(0, 64), 1),
-    "freeway": (slice(0, 60), slice(20, 64), 10),
+    "pong": (slice(0, 80), slice(13, 67), 1),
+    "breakout": (slice(33, 75), slice(0, 80), 1),
+    "freeway": (slice(0, 80), slice(25, 80), 10),
 }
 DIFFERENT = 0.15  # from the background, in [0, 2]; less is the codec's noise
 
@@ -67,7 +67,7 @@ def follow(video, background, field):
 
 
 def alive(video, background, field, typical, most, start):
-    """Whether the objects of each video (B, T, 3, 64, 64) are there and move from `start` on."""
+    """Whether the objects of each video (B, T, 3, 80, 80) are there and move from `start` on."""
     mass, centre, whole = follow(video[:, start:], background, field)
     seen = (mass > 0.4 * typical) & (mass < 2.5 * typical)
     moves = (median_move(seen, centre, 1) < 6) & (median_move(seen, centre, 8) > 0.5)
@@ -86,7 +86,7 @@ def spoil(truth, background, start):
     """Videos in which the objects are not alive, by name."""
     frozen = truth.clone()
     frozen[:, start:] = truth[:, [start]]
-    blurred = F.avg_pool2d(truth.flatten(0, 1), 5, 1, 2, count_include_pad=False).view_as(truth)
+    blurred = F.avg_pool2d(truth.flatten(0, 1), 7, 1, 3, count_include_pad=False).view_as(truth)
     cluttered = truth.clone()
     for rows in (8, 16, 24):
         for columns in (8, 16, 24):
@@ -102,7 +102,7 @@ def spoil(truth, background, start):
 def one_ahead(model, truth, c, settings):
     """Predict single frames from the true ones before them, as many as in training.
 
-    Returns the last true frame, the true next one and the prediction, each (3 B, 1, 3, 64, 64): of
+    Returns the last true frame, the true next one and the prediction, each (3 B, 1, 3, 80, 80): of
     three moments of each of B clips.
     """
     known = model.run["frames"] - 1
@@ -200,7 +200,7 @@ def main(argv):
     first = [games.index(name) for name in FIELDS]
     videos = {"truth": truth[first], "rollout": made[first]}
     path = args.out or args.run / "samples" / "held_out"
-    write_comparison(path, videos, fps, [*FIELDS], columns=7, height=128)  # a thing is one pixel
+    write_comparison(path, videos, fps, [*FIELDS], columns=7, height=160)  # a ball is 1 x 2 pixels
 
 
 if __name__ == "__main__":
