@@ -41,12 +41,15 @@ def logit_normal(*shape, device=None, rng=torch):
     return rng.randn(*shape, device=device).sigmoid()
 
 
-def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch, motion=0.0):
+def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch, motion=0.0, past=None):
     """Eq. (4): the mean squared error of v to eps - x, with one noise level per frame.
 
     x (B, N, C, height, width): clean frames. history (B, N - 1, C, height, width): the frames that
-    x attends to, clean or resampled. The target is the clean x, whatever the history is. motion:
-    how much more to weigh pixels that move, see `motion_weight`; 0 gives Eq. (4).
+    x attends to, clean or resampled. The target is the clean x, whatever the history is.
+
+    motion: how much more to weigh pixels that move, see `motion_weight`; 0 gives Eq. (4). past:
+    the frames in which they move, shaped like history; None: history itself. Pass the clean frames
+    for a history with noise, which looks like motion everywhere and hides what moves.
     """
     t = shift(logit_normal(*x.shape[:2], device=x.device, rng=rng), time_shift).to(x.dtype)
     eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
@@ -54,22 +57,21 @@ def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch, motion=0
     v = model(add_noise(x, eps, t), t, c, history)
     error = (v - (eps - x)).square()
     if motion:
-        error = error * motion_weight(x[:, :-1], motion)
+        error = error * motion_weight(history if past is None else past, motion)
     return error.mean()
 
 
 def motion_weight(past, amount, reach=4):
     """Weights of the loss (B, N, 1, height, width), larger where the past was changing.
 
-    past (B, N - 1, C, height, width): the true frames before the last one. The weight of a pixel of
-    frame i is (1 + amount m / mean(m)) / (1 + amount), where m is the largest change within `reach`
-    pixels from frame i - 2 to frame i - 1, and the mean is over the frame. It is 1 in the first two
-    frames, and where a frame repeats the one before it.
+    past (B, N - 1, C, height, width). The weight of a pixel of frame i is
+    (1 + amount m / mean(m)) / (1 + amount), where m is the largest change within `reach` pixels
+    from frame i - 2 to frame i - 1 of the past, and the mean is over the frame. It is 1 in the
+    first two frames, and where a frame of the past repeats the one before it.
 
-    The weight of frame i depends on the frames before it alone. Weighing by the change to frame i
-    itself would favour change: the model then paints copies of what moves. The past is the true
-    one, even where the network sees another history: noise on it would look like motion everywhere
-    and hide what moves.
+    The weight of frame i must depend only on what the network can see when it predicts frame i, so
+    that the minimizer of the loss, the mean of v, stays where it is. Weighing by the change to
+    frame i itself would favour change: the model then paints copies of what moves.
     """
     B, M, _, height, width = past.shape
     if M < 2:

@@ -228,8 +228,10 @@ def test_the_loss_can_weigh_what_moves():
     exact.error = torch.randn(2, 4, 3, 24, 24)
     loss = flow_matching_loss(exact, x, c, x[:, :-1], motion=4.0)
     assert close(loss, (weight * exact.error**2).mean(), 1e-4)
-    noisy = torch.randn(2, 3, 3, 24, 24)
-    assert flow_matching_loss(exact, x, c, noisy, motion=4.0) == pytest.approx(loss.item(), 1e-4)
+    noisy = x[:, :-1] + torch.randn(2, 3, 3, 24, 24)
+    other = flow_matching_loss(exact, x, c, noisy, motion=4.0)
+    assert close(other, (rf.motion_weight(noisy, 4.0) * exact.error**2).mean(), 1e-4)
+    assert close(flow_matching_loss(exact, x, c, noisy, motion=4.0, past=x[:, :-1]), loss, 1e-4)
 
     stops = rf.motion_weight(x[:, [0, 1, 1]], 4.0)  # in frame 2, which frame 2 must not know
     assert torch.equal(stops[:, :3], weight[:, :3]) and (stops[:, 3] == 1).all()
@@ -2618,6 +2620,21 @@ def test_dropping_every_text_is_training_without_captions(tmp_path, quick):
         run_train(tmp_path / name, "--steps", 3, *flags)
     dropped, withheld, told = (logged(tmp_path / name) for name in ("dropped", "withheld", "told"))
     assert dropped == withheld and dropped[2] != told[2]
+
+
+@pytest.mark.parametrize("history", ["noise", "resample"])
+def test_noise_on_the_history_does_not_count_as_motion(history, tmp_path, quick, monkeypatch):
+    calls = []
+
+    def loss(model, x, c, seen, time_shift, rng, motion, past):
+        calls.append((x[:, :-1], seen, past))
+        return flow_matching_loss(model, x, c, seen, time_shift, rng, motion, past)
+
+    monkeypatch.setattr(train, "flow_matching_loss", loss)
+    run_train(tmp_path / "run", "--motion", 4, "--history", history, "--steps", 1, "--warmup", 0)
+    (clean, seen, past), *_ = calls
+    assert not torch.equal(seen, clean)
+    assert torch.equal(past, clean if history == "noise" else seen)
 
 
 def test_motion_weighs_the_training_loss_alone(tmp_path, quick):

@@ -152,8 +152,9 @@ def main(argv):
                 history_seconds += clock(device) - history_began
 
                 # lines 10-12, Eqs. (3), (4): draw t per frame, add noise, compare v with eps - x
+                past = x[:, :-1] if args.history == "noise" else history
                 part_loss = flow_matching_loss(
-                    model, x, c, history, args.time_shift, rng, args.motion
+                    model, x, c, history, args.time_shift, rng, args.motion, past
                 )
                 (part_loss / args.accumulate).backward()
             loss += part_loss.detach() / args.accumulate
