@@ -146,8 +146,8 @@ def parse(argv):
     add("--frames", type=bounded_int(3), default=48, help="default: %(default)s")
     add("--from", type=bounded_int(0), default=32, dest="start", help="default: %(default)s")
     add("--given", type=positive_int, default=2, help="true frames (default: %(default)s)")
-    add("--steps", type=positive_int, default=8, help="Euler steps (default: %(default)s)")
-    add("--time-shift", type=positive_float, default=10.0,
+    add("--steps", type=positive_int, default=20, help="Euler steps (default: %(default)s)")
+    add("--time-shift", type=positive_float, default=5.0,
         help="Eq. (7) on their times (default: %(default)s)")
     add("--guidance", type=nonnegative_float, default=1.0, help="default: %(default)s")
     add("--out", type=Path, help="picture, .gif and .png (default: in the run)")
