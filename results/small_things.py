@@ -3,7 +3,7 @@
   python results/small_things.py runs/games games/test
 
 Continues held-out clips of record_games.py from two true frames, and follows the balls of Pong and
-Breakout and the cars of Freeway, objects of one to sixteen pixels that loss and eye can miss. An
+Breakout and the cars of Freeway, objects of two to twenty pixels that loss and eye can miss. An
 object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame, by
 about as much as in the truth. An object is alive if it is seen in at least half of the frames from
 --from on, its median step is below 6 pixels, and its median move in 8 frames above 0.5. The cars
