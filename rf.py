@@ -131,27 +131,31 @@ def noise_to_t_s(x, s, rng=torch):
 
 
 @torch.no_grad()
-def self_resample(model, x, c, s=0.6, steps=1, rng=torch):
+def self_resample(model, x, c, s=0.6, steps=1, rng=torch, given=0):
     """Algorithm 1, lines 2-9, Eq. (5): replace frames by the model's reconstruction, no gradient.
 
     x (B, N, C, height, width): clean frames. Returns x̃ shaped like x, after one forward per frame
     and Euler step. Training passes x[:, :-1], since no frame attends to the last one.
+
+    given: the first frames that stay clean, as in a continuation; 0 in the paper. Noise erases a
+    thing of a few pixels, and only a frame before it tells where it was. The first frame has none.
     """
     x_ts, t_s = noise_to_t_s(x, s, rng)
-    frames = rollout(model, x_ts, t_s, c, steps)
-    return torch.cat([x[:, :0], *frames], dim=1)
+    clean = x[:, :given]
+    frames = rollout(model, x_ts[:, given:], t_s, c, steps, history=clean if given else None)
+    return torch.cat([clean, *frames], dim=1)
 
 
 # Teacher forcing and the rows of Table 2: functions of one signature that return a history shaped
 # like x.
 
 
-def teacher_history(model, x, c, s, steps, noise, rng=torch):
+def teacher_history(model, x, c, s, steps, noise, rng=torch, given=0):
     """Teacher forcing: the history is the ground truth, x itself."""
     return x
 
 
-def noise_history(model, x, c, s, steps, noise, rng=torch):
+def noise_history(model, x, c, s, steps, noise, rng=torch, given=0):
     """Table 2, "history noise": add noise to each frame, at a level uniform in [0, noise]."""
     eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
     t = noise * rng.rand(*x.shape[:2], device=x.device).to(x.dtype)
@@ -159,18 +163,27 @@ def noise_history(model, x, c, s, steps, noise, rng=torch):
 
 
 @torch.no_grad()
-def parallel_history(model, x, c, s, steps, noise, rng=torch):
+def parallel_history(model, x, c, s, steps, noise, rng=torch, given=0):
     """Table 2, "parallel resampling": all frames at once on the true history; errors stay apart."""
     x_ts, t_s = noise_to_t_s(x, s, rng)
     cache = model.cache(*x.shape[:2])
-    return solve(
-        model, x_ts, t_s, c, steps, time_shift=1.0, history=x[:, :-1], cache=cache, first=0
+    frames = solve(
+        model,
+        x_ts[:, given:],
+        t_s,
+        c,
+        steps,
+        time_shift=1.0,
+        history=x[:, :-1],
+        cache=cache,
+        first=given,
     )
+    return torch.cat([x[:, :given], frames], dim=1)
 
 
-def resample_history(model, x, c, s, steps, noise, rng=torch):
+def resample_history(model, x, c, s, steps, noise, rng=torch, given=0):
     """Table 2, "autoregressive resampling": frame after frame; errors compound as in generation."""
-    return self_resample(model, x, c, s, steps, rng)
+    return self_resample(model, x, c, s, steps, rng, given)
 
 
 HISTORY = {

@@ -305,6 +305,28 @@ def test_one_step_of_resampling_is_x_ts_minus_t_s_v():  # Eq. (5)
         assert history is None if i == 0 else close(history, redrawn[:, [i - 1]])
 
 
+@pytest.mark.parametrize("name", ["parallel", "resample"])
+def test_the_given_frames_of_a_redrawn_history_stay_true_and_the_others_see_them(name):
+    net, (x, _, _, c) = tiny(), clip()
+    made = HISTORY[name](net, x, c, 0.6, 2, 0.3, FixedLevel(0.7), given=2)
+    assert torch.equal(made[:, :2], x[:, :2])
+    differ = (made[:, 2:] - x[:, 2:]).abs().amax((2, 3, 4))
+    assert (differ > 1e-3).all(), "all others are redrawn"
+
+    other = x.clone()
+    other[:, 0] += 1
+    of_other = HISTORY[name](net, other, c, 0.6, 2, 0.3, FixedLevel(0.7), given=2)
+    assert not close(of_other[:, 2:], made[:, 2:], 1e-3)
+
+
+def test_resampling_with_given_frames_is_a_continuation_from_t_s():
+    net, (x, _, _, c) = tiny(), clip()
+    made = self_resample(net, x, c, steps=2, rng=FixedLevel(0.7), given=2)
+    x_ts, t_s = rf.noise_to_t_s(x, 0.6, FixedLevel(0.7))
+    frames = rf.rollout(net, x_ts[:, 2:], t_s, c, steps=2, history=x[:, :2])
+    assert torch.equal(made[:, 2:], torch.cat([*frames], dim=1))
+
+
 def test_resampling_steps_go_from_t_s_to_0_in_equal_parts():
     x, _, _, c = clip()
     net = Half()
@@ -2676,6 +2698,7 @@ def test_micro_batches_are_one_batch(optimizer, tmp_path, quick):
         ["--time-shift", 5],
         ["--shift", 3],
         ["--resample-steps", 3],
+        ["--resample-given", 1],
         ["--resample-share", 0],
         ["--clip", 0.01],
         ["--lr", 1e-3],
@@ -2686,6 +2709,7 @@ def test_micro_batches_are_one_batch(optimizer, tmp_path, quick):
         ["--history", "noise", "--noise", 0],
         ["--history", "parallel"],
         ["--history", "parallel", "--resample-steps", 2],
+        ["--history", "parallel", "--resample-given", 1],
         ["--history", "teacher"],
         ["--top-k", 1],
         ["--window", 1],
@@ -3216,26 +3240,29 @@ def planned(config, words, *flags):
 
 
 @pytest.mark.parametrize(
-    "chunk, steps, window, detail",
+    "chunk, steps, given, window, detail",
     (
-        (1, 1, None, {}),
-        (3, 1, None, {}),
-        (1, 3, None, {}),
-        (1, 1, 2, {}),
-        (1, 1, None, {"detail": 8}),
-        (3, 1, 2, {"detail": 8, "detail_frames": 2}),
+        (1, 1, 0, None, {}),
+        (3, 1, 0, None, {}),
+        (1, 3, 0, None, {}),
+        (1, 3, 1, None, {}),
+        (1, 1, 0, 2, {}),
+        (1, 1, 1, 1, {}),
+        (1, 1, 0, None, {"detail": 8}),
+        (3, 1, 0, 2, {"detail": 8, "detail_frames": 2}),
     ),
 )
-def test_the_plan_counts_the_flops_that_run(chunk, steps, window, detail, monkeypatch):
+def test_the_plan_counts_the_flops_that_run(chunk, steps, given, window, detail, monkeypatch):
     monkeypatch.setattr(model_py, "attend", one_call_per_frame)
     config = Config(4, 48, 100, 2, 3, 2, chunk, text_dim=10, window=window, **detail)
-    cost = planned(config, 7, "--frames", 4 * chunk, "--batch", 2, "--resample-steps", steps)
+    flags = ["--batch", 2, "--resample-steps", steps, "--resample-given", given]
+    cost = planned(config, 7, "--frames", 4 * chunk, *flags)
 
     net, x, c = CausalDiT(config), torch.randn(2, 4, 4 * chunk, 4, 6), torch.randn(2, 7, 10)
     with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
         flow_matching_loss(net, x, c, x[:, :-1])
     with FlopCounterMode(display=False) as rollout, sdpa_kernel(SDPBackend.MATH):
-        self_resample(net, x[:, :-1], c, steps=steps)
+        self_resample(net, x[:, :-1], c, steps=steps, given=given)
     assert abs(cost.teacher / forward.get_total_flops() / 3 - 1) < 1e-9
     extra = (cost.resample - cost.teacher) / rollout.get_total_flops()
     assert abs(extra - 1) < 0.05, "but for the text, read once by the cache"
@@ -3396,6 +3423,10 @@ def inputs(tmp_path_factory, trained):
         ("--dim 48 --heads 5", "--dim 48 cannot be split into --heads 5 .*; --dim 50 would work"),
         ("--frames 7 --chunk 3", "--frames 7 is not divisible by 3, the chunk; 9 would work"),
         ("--frames 3 --chunk 3", "--frames 3: wanted two or more chunks of 3.*; 6 would work"),
+        (
+            "--resample-given 3",
+            "a clip has 4 frames, and the last is nobody's history; 2 or less would work",
+        ),
         ("--detail-frames 2", "--detail-frames 2 needs convolutions; --detail 32 would work"),
         (
             "--detail 8 --detail-frames 4 --frames 4",

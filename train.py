@@ -148,6 +148,7 @@ def main(argv):
                         steps=args.resample_steps,
                         noise=args.noise,
                         rng=rng,
+                        given=args.resample_given,
                     )
                 history_seconds += clock(device) - history_began
 
@@ -463,6 +464,9 @@ def add_method_flags(add):
         help="s of Eq. (7); lower: the history stays nearer to the truth (default: %(default)s)")
     add("--resample-steps", type=bounded_int(1, 1000), default=1,
         help="Euler steps from t_s to 0, Eq. (5) (default: %(default)s)")
+    add("--resample-given", type=bounded_int(0, 2**16), default=0,
+        help="first frames of a clip that stay true where the history is resampled, for small "
+             "things, which noise erases: try 2 (default: %(default)s)")
     add("--resample-share", type=fraction, default=1.0,
         help="fraction of batches whose history is resampled (default: %(default)s)")
     add("--noise", type=fraction, default=0.3,
@@ -621,6 +625,7 @@ def check_network(args):
         )
     check_divisible("--frames", args.frames, chunk, "the chunk")
     check_detail_frames(args, preset, args.frames // chunk)
+    check_resample_given(args, args.frames // chunk)
 
 
 def check_detail_frames(args, preset, frames):
@@ -634,6 +639,15 @@ def check_detail_frames(args, preset, frames):
         raise ValueError(
             f"--detail-frames {wanted}: a clip has {frames} frames, {frames - 1} before the last; "
             f"{frames - 1} or less would work"
+        )
+
+
+def check_resample_given(args, frames):
+    """Raise ValueError for --resample-given if no frame of the history is left to resample."""
+    if args.resample_given and args.resample_given >= frames - 1:
+        raise ValueError(
+            f"--resample-given {args.resample_given}: a clip has {frames} frames, and the last is "
+            f"nobody's history; {max(0, frames - 2)} or less would work"
         )
 
 
@@ -1295,14 +1309,15 @@ def append_log(out, entry):
         tqdm.write(f"warning: cannot write {path}: {error.strerror}")
 
 
-def flops(config, N, M, P, words):
+def flops(config, N, M, P, words, first=0):
     """FLOPs of one clip's forward pass: N noisy and M history frames of P tokens.
 
-    Each frame attends to what the mask, --window and --top-k leave.
+    The noisy frames are numbered first, first + 1, ..., the history from 0. Each frame attends to
+    what the mask, --window and --top-k leave.
     """
     D = config.dim
     values = config.channels * config.patch**2
-    pairs = P * P * attended_frames(config, N)
+    pairs = P * P * (attended_frames(config, first + N) - attended_frames(config, first))
     history_pairs = P * P * attended_frames(config, M)
 
     token = 12 * D * D + 4 * D * config.ffn_dim + 4 * D * words
@@ -1348,10 +1363,11 @@ def plan(args, config, words, world):
     teacher = 3 * forward  # backward costs two forwards
     resample = teacher
     resamples = args.history in ("parallel", "resample")
+    redrawn = N - 1 - args.resample_given
     if N > 1 and resamples:
-        first_step = flops(config, N - 1, N - 2, P, words)
-        later_steps = (args.resample_steps - 1) * flops(config, N - 1, 0, P, words)
-        resample += args.batch * (first_step + later_steps)
+        first_step = flops(config, redrawn, N - 2, P, words, args.resample_given)
+        later_step = flops(config, redrawn, 0, P, words, args.resample_given)
+        resample += args.batch * (first_step + (args.resample_steps - 1) * later_step)
 
     with torch.device("meta"):
         net = CausalDiT(config)
