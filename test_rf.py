@@ -5211,6 +5211,8 @@ def test_small_things_are_judged_alive_if_they_are_there_and_move():
         video = game_of_a_dot(kind)
         alive = small_things.alive(video, background, field, typical, most, start=32)
         assert alive.tolist() == [kind == "moves"] * 4, kind
+        seen = small_things.seen_in(video, [4, 40], background, field, typical)
+        assert seen == ([4, 0] if kind == "gone" else [4, 4]), kind
     a, b = truth[:, 5:6], truth[:, 6:7]
     assert small_things.found(b, b, background, field, typical) == (4, 4)
     assert small_things.found(b, a, background, field, typical) == (0, 4), "it moves by more"

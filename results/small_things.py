@@ -3,13 +3,17 @@
   python results/small_things.py runs/games games/test
 
 Continues held-out clips of record_games.py from two true frames, and follows the balls of Pong and
-Breakout and the cars of Freeway, objects of two to twenty pixels that loss and eye can miss. An
-object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame, by
-about as much as in the truth. An object is alive if it is seen in at least half of the frames from
---from on, its median step is below 6 pixels, and its median move in 8 frames above 0.5. The cars
-are alive if those of half of the lanes are. A field with a quarter more than what the truth's
-fullest 5 % of frames hold does not count: it has copies. Beside the rollout the table judges the
-truth, and the truth spoiled on purpose.
+Breakout and the cars of Freeway, objects of two to twenty pixels that loss and eye can miss.
+
+An object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame,
+by about as much as in the truth. Printed is in how many clips the ball, or the cars of half of the
+lanes, are seen in single frames. Between two points a game has no ball.
+
+An object is alive if it is seen in at least half of the frames from --from on, its median step is
+below 6 pixels, and its median move in 8 frames above 0.5. The cars are alive if those of half of
+the lanes are. A field with a quarter more than what the truth's fullest 5 % of frames hold does not
+count: it has copies. Beside the rollout the table judges the truth, and the truth spoiled on
+purpose.
 """
 
 import sys
@@ -41,6 +45,7 @@ FIELDS = {
     "breakout": (slice(33, 75), slice(0, 80), 1),
     "freeway": (slice(0, 80), slice(25, 80), 10),
 }
+SEEN_IN = (4, 8, 16, 24, 32, 40, 47)  # frames in which the objects are counted, too
 DIFFERENT = 0.15  # from the background, in [0, 2]; less is the codec's noise
 
 
@@ -66,13 +71,25 @@ def follow(video, background, field):
     return mass.view(B, T, strips), centre.view(B, T, strips, 2), away.sum((-1, -2))
 
 
+def is_seen(mass, typical):
+    """Whether a spot is about as strong as an object of the truth, one of mass `typical`."""
+    return (mass > 0.4 * typical) & (mass < 2.5 * typical)
+
+
 def alive(video, background, field, typical, most, start):
     """Whether the objects of each video (B, T, 3, 80, 80) are there and move from `start` on."""
     mass, centre, whole = follow(video[:, start:], background, field)
-    seen = (mass > 0.4 * typical) & (mass < 2.5 * typical)
+    seen = is_seen(mass, typical)
     moves = (median_move(seen, centre, 1) < 6) & (median_move(seen, centre, 8) > 0.5)
     found = ((seen.float().mean(1) >= 0.5) & moves).float().mean(1) >= 0.5
     return found & (whole.median(1).values < 1.25 * most)
+
+
+def seen_in(video, numbers, background, field, typical):
+    """In how many videos (B, T, 3, 80, 80) half of the objects are seen, in each of the frames."""
+    mass, _, _ = follow(video[:, numbers], background, field)
+    half = is_seen(mass, typical).float().mean(-1) >= 0.5  # (B, frames)
+    return half.sum(0).tolist()
 
 
 def median_move(seen, centre, frames):
@@ -172,9 +189,10 @@ def main(argv):
     made = continue_video(model, truth, c, args.frames, args.given, **settings)
     last, wanted, predicted = one_ahead(model, truth, c, settings)
 
+    numbers = [n for n in SEEN_IN if n < args.frames]
     print(
-        f"alive in frames {args.start} to {args.frames - 1} of held-out clips; and one frame ahead "
-        "of the truth, within a pixel:"
+        f"held-out clips: alive in frames {args.start} to {args.frames - 1}; seen in frames "
+        f"{', '.join(map(str, numbers))}; and objects one frame ahead of the truth, within a pixel:"
     )
     total = {}
     for game, field in FIELDS.items():
@@ -189,6 +207,9 @@ def main(argv):
             result = alive(video, background, field, typical, most, args.start)
             total[name] = total.get(name, 0) + int(result.sum())
             print(f"{game:10s} {name:16s} {int(result.sum()):3d} of {len(true)}")
+        for name in ("truth", "rollout"):
+            counts = seen_in(videos[name], numbers, background, field, typical)
+            print(f"{game:10s} {name + ', seen':16s} {' '.join(f'{n:3d}' for n in counts)}")
 
         thrice = of_game.repeat(3)
         for name, other in {"one ahead": predicted, "copied frame": last}.items():
