@@ -277,7 +277,8 @@ class DetailHead(nn.Module):
     A token draws its patch alone, from D numbers. The convolutions see the estimate and x_t across
     the borders of patches, as in DiP (arXiv 2511.18822). With `detail_frames` they also see the
     pixels of that many frames right before it, and learn how a thing of a few pixels moves. Train
-    them with noise on the history; without it they copy its errors on, and rollouts fall apart.
+    them with noise on the history, then on a resampled one: on a clean history they learn to copy,
+    errors too, and rollouts fall apart.
     They run at half the resolution, or at the whole one where the patch is odd.
     """
 

@@ -5160,10 +5160,12 @@ SEEDED = ["table-1", "fig-6", "fig-7", "optimizers", "detail"]
 
 @pytest.mark.parametrize("script", [*SEEDED, "fig-8", "box", "games"])
 def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
-    """A script without a SEED trains with the default one."""
+    """A script without a SEED trains with the default one, or with new clips where it goes on."""
     takes_seed = script in SEEDED
     (tmp_path / "runs/table-1/ours-5").mkdir(parents=True)  # fig-6.sh links it
-    (tmp_path / "games").mkdir()  # games.sh marks it as whole
+    for folder in ("games/train", "games/pong/train"):  # games.sh copies from one to the other
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "games/train/pong-0000.mp4").touch()
     commands = commands_of(script, *(["5"] if takes_seed else []), folder=tmp_path)
     parsers = {"train.py": train.parse, "results/rivals.py": rivals.parse}
     parsers |= {"results/evidence.py": evidence.parse, "sample.py": sample.parse}
@@ -5172,7 +5174,7 @@ def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
         if program in parsers:
             args = parsers[program](words)
         if program in ("train.py", "results/rivals.py"):
-            assert args.seed == (5 if takes_seed else 0), words
+            assert args.seed == (5 if takes_seed else 0) or script == "games" and args.init, words
             assert str(args.out).endswith("-5") or not takes_seed, words
             made.add(str(args.out))
         if program == "results/evidence.py" and takes_seed and words[0] != "baselines":
@@ -5241,6 +5243,11 @@ def test_recorded_games_have_moving_things(tmp_path):
     assert trained_on.isdisjoint(path.read_bytes() for path in folder.glob("*.mp4"))
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "wanted a new folder" in again.stderr
+
+    command[-1] = tmp_path / "one"
+    flags = ["--games", "pong", "--clips", "1", "--held-out", "2"]
+    subprocess.run([*command, *flags], check=True, capture_output=True)
+    assert {path.read_text() for path in (tmp_path / "one").rglob("*.txt")} == {"pong"}
 
 
 def test_small_things_are_followed_in_a_runs_own_clips(tmp_path, capsys, quick):

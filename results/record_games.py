@@ -71,11 +71,11 @@ def record(game, seed):
     return np.stack(pictures)
 
 
-def write_clips(folder, count, first_seed):
+def write_clips(folder, games, count, first_seed):
     """Write `count` clips, the games in turn."""
     folder.mkdir(parents=True)
     for i in tqdm(range(count), folder.name):
-        game = list(TOP)[i % len(TOP)]
+        game = games[i % len(games)]
         path = folder / f"{game}-{i:04d}.mp4"
         with writer(path, 60 // SKIP) as out:
             out(to_float(record(game, first_seed + i)))
@@ -86,6 +86,7 @@ def main(argv):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("out", type=path_type, help="a new folder")
+    add("--games", nargs="+", choices=TOP, default=[*TOP], help="in turn (default: all three)")
     add("--clips", type=positive_int, default=240, help="default: %(default)s")
     add("--held-out", type=positive_int, default=48, help="default: %(default)s")
     args = parser.parse_args(argv)
@@ -95,8 +96,8 @@ def main(argv):
         import ale_py  # noqa: F401
     except ImportError:
         raise ValueError("the games need ale-py: pip install ale-py") from None
-    write_clips(args.out / "train", args.clips, first_seed=1)
-    write_clips(args.out / "test", args.held_out, first_seed=1_000_001)
+    write_clips(args.out / "train", args.games, args.clips, first_seed=1)
+    write_clips(args.out / "test", args.games, args.held_out, first_seed=1_000_001)
 
 
 if __name__ == "__main__":
