@@ -1,8 +1,8 @@
 # Small moving things, in Atari games: bash results/games.sh
 #
 # pip install ale-py
-# Two hours with one thread of a CPU that is fast in bf16 (AVX512-BF16 or AMX), else twice that:
-# 50 minutes for Pong alone, 70 for one model of three games.
+# 73 minutes for Pong alone and 73 for one model of three games, with one thread of a CPU that is
+# fast in bf16 (AVX512-BF16 or AMX); twice that on others.
 . "$(dirname "$0")/common.sh"
 games=${1:-games}
 runs=${2:-runs/games}

@@ -219,10 +219,14 @@ def main(argv):
     for name, count in total.items():
         print(f"{'all':10s} {name:16s} {count:3d} of {len(games)}")
 
-    first = [games.index(name) for name in fields]
-    videos = {"truth": truth[first], "rollout": made[first]}
+    shown = []  # three clips, of all games alike
+    for name in fields:
+        of_game = [n for n, game in enumerate(games) if game == name]
+        shown += of_game[: 3 // len(fields)]
+    videos = {"truth": truth[shown], "rollout": made[shown]}
     path = args.out or args.run / "samples" / "held_out"
-    write_comparison(path, videos, fps, [*fields], columns=7, height=160)  # a ball is 1 x 2 pixels
+    names = [games[n] for n in shown]
+    write_comparison(path, videos, fps, names, columns=7, height=160)  # a ball is 1 x 2 pixels
 
 
 if __name__ == "__main__":
