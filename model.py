@@ -276,10 +276,11 @@ class DetailHead(nn.Module):
 
     A token draws its patch alone, from D numbers. The convolutions see the estimate and x_t across
     the borders of patches, as in DiP (arXiv 2511.18822). With `detail_frames` they also see the
-    pixels of that many frames right before it, and learn how a thing of a few pixels moves. Train
-    them with noise on the history, then on a resampled one: on a clean history they learn to copy,
-    errors too, and rollouts fall apart.
-    They run at half the resolution, or at the whole one where the patch is odd.
+    pixels of that many frames right before it, and learn how a thing of a few pixels moves. They
+    run at half the resolution, or at the whole one where the patch is odd.
+
+    With `detail_frames`, train with noise on the history first. On a clean history the convolutions
+    learn to copy, errors too, and rollouts fall apart.
     """
 
     def __init__(self, config):

@@ -319,6 +319,15 @@ def test_the_given_frames_of_a_redrawn_history_stay_true_and_the_others_see_them
     assert not close(of_other[:, 2:], made[:, 2:], 1e-3)
 
 
+def test_given_frames_change_no_other_frame_of_parallel_resampling():
+    """Each frame sees the true ones before it, whether these are redrawn or not."""
+    net, (x, _, _, c) = tiny(), clip()
+    made = {}
+    for given in (0, 2):
+        made[given] = HISTORY["parallel"](net, x, c, 0.6, 2, 0.3, FixedLevel(0.7), given=given)
+    assert close(made[0][:, 2:], made[2][:, 2:])
+
+
 def test_resampling_with_given_frames_is_a_continuation_from_t_s():
     net, (x, _, _, c) = tiny(), clip()
     made = self_resample(net, x, c, steps=2, rng=FixedLevel(0.7), given=2)
@@ -3268,6 +3277,12 @@ def test_the_plan_counts_the_flops_that_run(chunk, steps, given, window, detail,
     assert abs(extra - 1) < 0.05, "but for the text, read once by the cache"
     parameters = sum(p.numel() for p in net.parameters())
     assert cost.memory["weights"] == 4 * cost.parameters == 4 * parameters
+
+
+def test_one_frame_of_the_history_is_left_to_resample():
+    train.check_network(train.parse("--frames 4 --resample-given 2".split()))
+    with pytest.raises(ValueError, match="2 or less would work"):
+        train.check_network(train.parse("--frames 4 --resample-given 3".split()))
 
 
 def test_the_plan_counts_the_histories_that_call_the_network():

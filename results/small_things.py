@@ -6,8 +6,8 @@ Continues held-out clips of record_games.py from two true frames, and follows th
 Breakout and the cars of Freeway, objects of two to twenty pixels that loss and eye can miss.
 
 An object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame,
-by about as much as in the truth. Printed is in how many clips the ball, or the cars of half of the
-lanes, are seen in single frames. Between two points a game has no ball.
+by about as much as in the truth. The table counts the clips in which the ball, or the cars of half
+of the lanes, are seen in single frames. Between two points a game has no ball.
 
 An object is alive if it is seen in at least half of the frames from --from on, its median step is
 below 6 pixels, and its median move in 8 frames above 0.5. The cars are alive if those of half of
@@ -219,10 +219,10 @@ def main(argv):
     for name, count in total.items():
         print(f"{'all':10s} {name:16s} {count:3d} of {len(games)}")
 
-    shown = []  # three clips, of all games alike
+    shown = []  # up to three clips, as many of each game
     for name in fields:
-        of_game = [n for n, game in enumerate(games) if game == name]
-        shown += of_game[: 3 // len(fields)]
+        clips = [n for n, game in enumerate(games) if game == name]
+        shown += clips[: 3 // len(fields)]
     videos = {"truth": truth[shown], "rollout": made[shown]}
     path = args.out or args.run / "samples" / "held_out"
     names = [games[n] for n in shown]
