@@ -3279,6 +3279,37 @@ def test_the_plan_counts_the_flops_that_run(chunk, steps, given, window, detail,
     assert cost.memory["weights"] == 4 * cost.parameters == 4 * parameters
 
 
+@pytest.mark.parametrize("flags", ["", "--shift 1 --resample-steps 2 --time-shift 10"])
+def test_the_share_of_the_loss_below_the_redraw_is_that_of_the_levels_drawn(flags):
+    args = train.parse(flags.split())
+    level, share = train.least_redraw_level(args)
+    torch.manual_seed(0)
+    draws = logit_normal(1_000_000)
+    wanted = shift(draws, args.shift).median() / args.resample_steps
+    assert level == pytest.approx(wanted.item(), rel=0.01)
+    drawn = (shift(draws, args.time_shift) < level).double().mean().item()
+    assert share == pytest.approx(drawn, rel=0.02, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, warned",
+    [
+        ("--detail 8 --detail-frames 2 --time-shift 10 --shift 1 --resample-steps 2", True),
+        ("--detail 8 --detail-frames 2 --time-shift 3 --shift 1 --resample-steps 2", False),
+        ("--detail 8 --detail-frames 2 --time-shift 10 --history noise", False),
+        ("--detail 8 --time-shift 10 --shift 1 --resample-steps 2", False),
+        ("", False),
+    ],
+)
+def test_a_redraw_at_levels_that_nothing_trains_is_warned_of(flags, warned, capsys):
+    args = train.parse(flags.split())
+    config = replace(PRESETS["toy"], detail=args.detail or 0, detail_frames=args.detail_frames or 0)
+    train.warn_of_untrained_redraw(args, config)
+    out = capsys.readouterr().out
+    assert ("down to t = 0.25, and only 3e-04 of the loss is below" in out) == warned
+    assert warned or not out
+
+
 def test_one_frame_of_the_history_is_left_to_resample():
     train.check_network(train.parse("--frames 4 --resample-given 2".split()))
     with pytest.raises(ValueError, match="2 or less would work"):

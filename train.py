@@ -27,6 +27,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -1431,6 +1432,36 @@ def print_start(args, config, cost, world, device, start):
         f"then --history {args.history}{never}\nin {args.out}/: ckpt.pt every {args.save_every} "
         f"steps, samples/ every {args.sample_every}, log.jsonl"
     )
+    warn_of_untrained_redraw(args, config)
+
+
+def warn_of_untrained_redraw(args, config):
+    """Warn if the history is redrawn from levels that the loss does not train.
+
+    Only with detail_frames: these convolutions of finished frames are not normalized, so that the
+    error of a redrawn frame may grow from frame to frame, up to a loss that is not finite.
+    """
+    if not config.detail_frames or args.history not in ("parallel", "resample"):
+        return
+    level, share = least_redraw_level(args)
+    if share < 1e-3:
+        print(
+            f"warning: the history is redrawn from levels down to t = {level:.2g}, and only "
+            f"{share:.0e} of the loss is below; frames may grow without bound; "
+            "a lower --time-shift helps"
+        )
+
+
+def least_redraw_level(args):
+    """The level at which the last Euler step of a typical redraw begins, and what trains it.
+
+    Returns (t, share): t is that of the median t_s = s / (1 + s), Eqs. (6) and (7), and share the
+    probability that the loss draws a smaller one: its levels are logit-normal, at --time-shift.
+    """
+    s, steps = args.shift, args.resample_steps
+    logit = math.log(s) - math.log(steps + (steps - 1) * s)
+    share = NormalDist().cdf(logit - math.log(args.time_shift))
+    return s / (1 + s) / steps, share
 
 
 def print_plan(args, config, cost, world):
