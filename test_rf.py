@@ -5268,6 +5268,24 @@ def test_small_things_are_judged_alive_if_they_are_there_and_move():
     assert small_things.found(b, gone, background, field, typical) == (0, 4)
 
 
+def test_a_ball_is_lost_where_it_was_last_seen():
+    """In frame 20 the dots are in row 28, in columns 22, 26, 30 and 34."""
+    background = torch.full((3, 80, 80), -0.5)
+    field = (slice(0, 80), slice(18, 67), 1)
+    moves, gone = game_of_a_dot("moves"), game_of_a_dot("gone")
+    typical = small_things.follow(moves, background, field)[0].median()
+    for video, field, wanted in [
+        (moves, field, {}),
+        (gone, field, {"left": 1, "inside": 3}),
+        (gone.flip(-1), (slice(0, 80), slice(13, 62), 1), {"right": 1, "inside": 3}),
+        (gone, (slice(0, 33), slice(18, 67), 1), {"bottom": 4}),
+        (gone, (slice(26, 80), slice(18, 67), 1), {"top": 4}),
+        (background.expand_as(moves), field, {"never seen": 4}),
+    ]:
+        lost = small_things.where_lost(video, background, field, typical)
+        assert {place: n for place, n in lost.items() if n} == wanted
+
+
 def test_small_things_are_not_looked_for_in_sprites(random_run):
     with pytest.raises(ValueError, match="was not trained on captioned videos"):
         small_things.main([str(random_run), "nowhere"])
@@ -5309,6 +5327,7 @@ def test_small_things_are_followed_in_a_runs_own_clips(tmp_path, capsys, quick):
     for line in ("pong       truth              1 of 1", "all        rollout            0 of 3"):
         assert line in out
     assert re.search("pong       one ahead          0 of 3", out)
+    assert "pong       truth, lost      none" in out and "freeway    truth, lost" not in out
     assert (tmp_path / "run/samples/held_out.png").stat().st_size > 1000
 
     for command, message in [

@@ -7,7 +7,8 @@ Breakout and the cars of Freeway, objects of two to twenty pixels that loss and 
 
 An object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame,
 by about as much as in the truth. The table counts the clips in which the ball, or the cars of half
-of the lanes, are seen in single frames. Between two points a game has no ball.
+of the lanes, are seen in single frames. Between two points a game has no ball. "lost" says at which
+side of the field a ball was last seen that is not seen in the last 8 frames.
 
 An object is alive if it is seen in at least half of the frames from --from on, its median step is
 below 6 pixels, and its median move in 8 frames above 0.5. The cars are alive if those of half of
@@ -46,6 +47,7 @@ FIELDS = {
     "freeway": (slice(0, 80), slice(25, 80), 10),
 }
 SEEN_IN = (4, 8, 16, 24, 32, 40, 47)  # frames in which the objects are counted, too
+EDGE = 6  # pixels; Pong's paddles are just outside of its field
 DIFFERENT = 0.15  # from the background, in [0, 2]; less is the codec's noise
 
 
@@ -90,6 +92,29 @@ def seen_in(video, numbers, background, field, typical):
     mass, _, _ = follow(video[:, numbers], background, field)
     half = is_seen(mass, typical).float().mean(-1) >= 0.5  # (B, frames)
     return half.sum(0).tolist()
+
+
+def where_lost(video, background, field, typical):
+    """Where the balls were last seen that are not seen in the last 8 frames: {place: videos}.
+
+    video (B, T, 3, 80, 80), of a game with one ball. The places are the sides of the field, up to
+    EDGE pixels wide, the rest ("inside"), and "never seen".
+    """
+    mass, centre, _ = follow(video, background, field)
+    seen = is_seen(mass, typical)[:, :, 0]
+    rows, columns, _ = field
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    places = dict.fromkeys(("left", "right", "top", "bottom", "inside", "never seen"), 0)
+    for b in range(len(video)):
+        frames = seen[b].nonzero().flatten().tolist()
+        if not frames:
+            places["never seen"] += 1
+        elif frames[-1] < video.shape[1] - 8:
+            y, x = centre[b, frames[-1], 0].tolist()
+            sides = {"left": x, "right": width - 1 - x, "top": y, "bottom": height - 1 - y}
+            side = min(sides, key=sides.get)
+            places[side if sides[side] < EDGE else "inside"] += 1
+    return places
 
 
 def median_move(seen, centre, frames):
@@ -211,6 +236,10 @@ def main(argv):
         for name in ("truth", "rollout"):
             counts = seen_in(videos[name], numbers, background, field, typical)
             print(f"{game:10s} {name + ', seen':16s} {' '.join(f'{n:3d}' for n in counts)}")
+            if field[2] == 1:
+                lost = where_lost(videos[name], background, field, typical)
+                text = ", ".join(f"{place} {n}" for place, n in lost.items() if n) or "none"
+                print(f"{game:10s} {name + ', lost':16s} {text}")
 
         thrice = of_game.repeat(3)
         for name, other in {"one ahead": predicted, "copied frame": last}.items():
