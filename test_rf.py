@@ -5274,7 +5274,7 @@ def test_a_ball_is_lost_where_it_was_last_seen():
     field = (slice(0, 80), slice(18, 67), 1)
     moves, gone = game_of_a_dot("moves"), game_of_a_dot("gone")
     typical = small_things.follow(moves, background, field)[0].median()
-    for video, field, wanted in [
+    for video, part, wanted in [
         (moves, field, {}),
         (gone, field, {"left": 1, "inside": 3}),
         (gone.flip(-1), (slice(0, 80), slice(13, 62), 1), {"right": 1, "inside": 3}),
@@ -5282,7 +5282,7 @@ def test_a_ball_is_lost_where_it_was_last_seen():
         (gone, (slice(26, 80), slice(18, 67), 1), {"top": 4}),
         (background.expand_as(moves), field, {"never seen": 4}),
     ]:
-        lost = small_things.where_lost(video, background, field, typical)
+        lost = small_things.where_lost(video, background, part, typical)
         assert {place: n for place, n in lost.items() if n} == wanted
 
 
