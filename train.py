@@ -54,7 +54,7 @@ from model import (
     load_weights,
     read_checkpoint,
 )
-from rf import HISTORY, flow_matching_loss
+from rf import HISTORY, flow_matching_loss, shift
 from sample import (
     DEVICES,
     WORLD_FLAGS,
@@ -1363,7 +1363,7 @@ def plan(args, config, words, world):
     forward = args.batch * flops(config, N, N - 1, P, words)
     teacher = 3 * forward  # backward costs two forwards
     resample = teacher
-    resamples = args.history in ("parallel", "resample")
+    resamples = redraws_history(args)
     redrawn = N - 1 - args.resample_given
     if N > 1 and resamples:
         first_step = flops(config, redrawn, N - 2, P, words, args.resample_given)
@@ -1441,7 +1441,7 @@ def warn_of_untrained_redraw(args, config):
     Only with detail_frames: these convolutions of finished frames are not normalized, so that the
     error of a redrawn frame may grow from frame to frame, up to a loss that is not finite.
     """
-    if not config.detail_frames or args.history not in ("parallel", "resample"):
+    if not config.detail_frames or not redraws_history(args) or args.warmup >= args.steps:
         return
     level, share = least_redraw_level(args)
     if share < 1e-3:
@@ -1452,6 +1452,11 @@ def warn_of_untrained_redraw(args, config):
         )
 
 
+def redraws_history(args):
+    """Whether --history calls the network."""
+    return args.history in ("parallel", "resample")
+
+
 def least_redraw_level(args):
     """The level at which the last Euler step of a typical redraw begins, and what trains it.
 
@@ -1459,9 +1464,10 @@ def least_redraw_level(args):
     probability that the loss draws a smaller one: its levels are logit-normal, at --time-shift.
     """
     s, steps = args.shift, args.resample_steps
-    logit = math.log(s) - math.log(steps + (steps - 1) * s)
+    t = shift(0.5, s) / steps
+    logit = math.log(s) - math.log(steps + (steps - 1) * s)  # of t; 1 - t may round to 0
     share = NormalDist().cdf(logit - math.log(args.time_shift))
-    return s / (1 + s) / steps, share
+    return t, share
 
 
 def print_plan(args, config, cost, world):
