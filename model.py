@@ -96,6 +96,7 @@ PRESETS = {
 }
 
 LEAST_T = 0.05  # x-prediction divides by t, or by this if t is smaller
+LARGEST = 4.0  # the convolutions see values of finished frames up to this; pixels are up to 1
 
 
 def rope(width, frames, rows, columns):
@@ -281,6 +282,9 @@ class DetailHead(nn.Module):
 
     With `detail_frames`, train with noise on the history first. On a clean history the convolutions
     learn to copy, errors too, and rollouts fall apart.
+
+    Values of those frames beyond LARGEST are cut off. What convolutions return grows with what they
+    are given, so that without a limit a bad frame would make the next one worse, and so on.
     """
 
     def __init__(self, config):
@@ -306,6 +310,7 @@ class DetailHead(nn.Module):
         shift, scale = self.modulation(e).flatten(0, 1)[..., None, None].chunk(2, dim=1)
         first, *inner, last = self.layers
 
+        before = before.clamp(-LARGEST, LARGEST)
         z = torch.cat([x_t, out, before], dim=2).flatten(0, 1).to(first.weight.dtype)
         z = F.pixel_unshuffle(z, self.scale)  # (B · N, channels, rows, columns)
         z = first(z.to(memory_format=torch.channels_last))  # convolutions are faster in this order

@@ -909,6 +909,21 @@ def test_the_detail_head_joins_patches_and_no_frames():
     assert changed[[0, 2]].max() == 0
 
 
+def test_convolutions_that_multiply_what_they_see_do_not_make_a_rollout_grow():
+    net, (x, noise, t, c) = tiny(detail=6, detail_frames=2), clip(N=12)
+    for layer in net.detail.layers:
+        layer.weight.data *= 20
+    made = rollout(net, noise, torch.ones(2).double(), c, 1, history=x[:, :2])
+    largest = [z.abs().max().item() for z in made]
+    assert largest[0] > 1000, "they multiply"
+    assert max(largest) < 10 * largest[0]
+
+    e = net.time_embedding(model_py.sinusoid(1000 * t, 16).double())
+    before = 2 * torch.randn(2, 12, 4, 4, 6).double()
+    wanted = net.detail(noise, noise, before.clamp(-4, 4), e)
+    assert before.abs().max() > 4 and close(net.detail(noise, noise, before, e), wanted)
+
+
 @contextmanager
 def seen_before(net):
     """Record the frames before that each call of the detail head is given."""
@@ -5291,6 +5306,28 @@ def test_a_ball_is_lost_where_it_was_last_seen():
         assert {place: n for place, n in lost.items() if n} == wanted
 
 
+def test_how_far_paddles_are_from_a_ball_at_their_side():
+    """The ball leaves the left side; that paddle is 2 rows below it, the right one in row 43.5."""
+    video = torch.full((1, 40, 3, 80, 80), -0.5)
+    background = video[0, 0].clone()
+    for frame in range(40):
+        video[0, frame, :, 10 + frame : 12 + frame, 14 + frame] = 0.8
+        video[0, frame, :, 9 + frame : 17 + frame, 9] = 0.8
+        video[0, frame, :, 40:48, 70] = 0.8
+    field = small_things.FIELDS["pong"]
+    typical = small_things.follow(video, background, field)[0].median()
+    off = small_things.paddles_off(video, background, field, typical)
+    assert off["left"] == pytest.approx(2)
+    assert off["right"] != off["right"], "nan: the ball has not come so far"
+
+    video[:, 38:, :, 18:, 14:66] = -0.5  # two frames with the ball at the other side
+    video[:, 38:, :, 60:62, 64] = 0.8
+    off = small_things.paddles_off(video, background, field, typical)
+    assert off == {"left": pytest.approx(2), "right": pytest.approx(60.5 - 43.5)}
+    off = small_things.paddles_off(video.flip(-1), background, field, typical)
+    assert off == {"left": pytest.approx(60.5 - 43.5), "right": pytest.approx(2)}
+
+
 def test_small_things_are_not_looked_for_in_sprites(random_run):
     with pytest.raises(ValueError, match="was not trained on captioned videos"):
         small_things.main([str(random_run), "nowhere"])
@@ -5333,6 +5370,7 @@ def test_small_things_are_followed_in_a_runs_own_clips(tmp_path, capsys, quick):
         assert line in out
     assert re.search("pong       one ahead          0 of 3", out)
     assert "pong       truth, lost      none" in out and "freeway    truth, lost" not in out
+    assert "pong       truth, paddles   left nan off, right nan off" in out
     assert (tmp_path / "run/samples/held_out.png").stat().st_size > 1000
 
     for command, message in [

@@ -8,7 +8,8 @@ Breakout and the cars of Freeway, objects of two to twenty pixels that loss and 
 An object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame,
 by about as much as in the truth. The table counts the clips in which the ball, or the cars of half
 of the lanes, are seen in single frames. Between two points a game has no ball. "lost" says at which
-side of the field a ball was last seen that is not seen in the last 8 frames.
+side of the field a ball was last seen that is not seen in the last 8 frames, "paddles" how many
+rows Pong's paddles are away from a ball that has come to their side, in the median.
 
 An object is alive if it is seen in at least half of the frames from --from on, its median step is
 below 6 pixels, and its median move in 8 frames above 0.5. The cars are alive if those of half of
@@ -47,8 +48,15 @@ FIELDS = {
     "freeway": (slice(0, 80), slice(25, 80), 10),
 }
 SEEN_IN = (4, 8, 16, 24, 32, 40, 47)  # frames in which the objects are counted, too
-EDGE = 6  # pixels; Pong's paddles are just outside of its field
+EDGE = 6  # pixels; a ball is at a side of its field if it is not farther away
+PADDLES = {"left": slice(7, 12), "right": slice(68, 73)}  # columns of Pong's, beside its field
 DIFFERENT = 0.15  # from the background, in [0, 2]; less is the codec's noise
+
+
+def difference(video, background):
+    """How much each pixel differs from the background: (B, T, 3, H, W) -> (B, T, H, W)."""
+    away = (video - background).abs().amax(2)
+    return torch.where(away > DIFFERENT, away, 0)
 
 
 def follow(video, background, field):
@@ -57,8 +65,7 @@ def follow(video, background, field):
     Returns both, and the mass of the whole field (B, T).
     """
     rows, columns, strips = field
-    away = (video - background).abs().amax(2)[:, :, rows, columns]
-    away = torch.where(away > DIFFERENT, away, 0)
+    away = difference(video, background)[:, :, rows, columns]
     B, T, H, W = away.shape
     flat = away.reshape(B * T * strips, 1, H // strips, W)
     spot = F.avg_pool2d(flat, 3, 1, 1).flatten(1).argmax(1)
@@ -115,6 +122,26 @@ def where_lost(video, background, field, typical):
             side = min(sides, key=sides.get)
             places[side if sides[side] < EDGE else "inside"] += 1
     return places
+
+
+def paddles_off(video, background, field, typical):
+    """How far Pong's paddles are from a ball at their side: {side: rows}, the median.
+
+    video (B, T, 3, 80, 80). nan where no ball has come, or no paddle is there.
+    """
+    mass, centre, _ = follow(video, background, field)
+    seen = is_seen(mass, typical)[:, :, 0]
+    row, column = centre[:, :, 0].unbind(-1)  # (B, T), in the field
+    rows, columns, _ = field
+    distance = {"left": column, "right": columns.stop - columns.start - 1 - column}
+    y = torch.arange(video.shape[-2])
+    off = {}
+    for side, strip in PADDLES.items():
+        away = difference(video, background)[..., strip].sum(-1)  # (B, T, H)
+        paddle = (away * y).sum(-1) / away.sum(-1)
+        at_side = seen & (distance[side] < EDGE)
+        off[side] = (paddle - rows.start - row)[at_side].abs().nanmedian().item()
+    return off
 
 
 def median_move(seen, centre, frames):
@@ -240,6 +267,10 @@ def main(argv):
                 lost = where_lost(videos[name], background, field, typical)
                 text = ", ".join(f"{place} {n}" for place, n in lost.items() if n) or "none"
                 print(f"{game:10s} {name + ', lost':16s} {text}")
+            if game == "pong":
+                off = paddles_off(videos[name], background, field, typical)
+                text = ", ".join(f"{side} {rows:.1f} off" for side, rows in off.items())
+                print(f"{game:10s} {name + ', paddles':16s} {text}")
 
         thrice = of_game.repeat(3)
         for name, other in {"one ahead": predicted, "copied frame": last}.items():
