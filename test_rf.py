@@ -5306,7 +5306,7 @@ def test_a_ball_is_lost_where_it_was_last_seen():
         assert {place: n for place, n in lost.items() if n} == wanted
 
 
-def test_how_far_paddles_are_from_a_ball_at_their_side():
+def test_paddles_are_there_if_they_are_in_the_row_of_a_ball_at_their_side():
     """The ball leaves the left side; that paddle is 2 rows below it, the right one in row 43.5."""
     video = torch.full((1, 40, 3, 80, 80), -0.5)
     background = video[0, 0].clone()
@@ -5316,16 +5316,20 @@ def test_how_far_paddles_are_from_a_ball_at_their_side():
         video[0, frame, :, 40:48, 70] = 0.8
     field = small_things.FIELDS["pong"]
     typical = small_things.follow(video, background, field)[0].median()
-    off = small_things.paddles_off(video, background, field, typical)
-    assert off["left"] == pytest.approx(2)
-    assert off["right"] != off["right"], "nan: the ball has not come so far"
+    there = small_things.paddles_there(video, background, field, typical)
+    assert there["left"] == 1
+    assert there["right"] != there["right"], "nan: no ball has come so far"
 
-    video[:, 38:, :, 18:, 14:66] = -0.5  # two frames with the ball at the other side
-    video[:, 38:, :, 60:62, 64] = 0.8
-    off = small_things.paddles_off(video, background, field, typical)
-    assert off == {"left": pytest.approx(2), "right": pytest.approx(60.5 - 43.5)}
-    off = small_things.paddles_off(video.flip(-1), background, field, typical)
-    assert off == {"left": pytest.approx(60.5 - 43.5), "right": pytest.approx(2)}
+    video[:, 36:, :, 18:, 14:66] = -0.5  # four frames with the ball at the other side
+    video[:, 36:39, :, 60:62, 64] = 0.8
+    video[:, 39:, :, 39:41, 64] = 0.8
+    there = small_things.paddles_there(video, background, field, typical)
+    assert there == {"left": 1, "right": 0.25}
+    there = small_things.paddles_there(video.flip(-1), background, field, typical)
+    assert there == {"left": 0.25, "right": 1}
+    video[:, :, :, :, 8:12] = -0.5
+    there = small_things.paddles_there(video, background, field, typical)
+    assert there == {"left": 0, "right": 0.25}, "a paddle that is gone is not there"
 
 
 def test_small_things_are_not_looked_for_in_sprites(random_run):
@@ -5370,7 +5374,7 @@ def test_small_things_are_followed_in_a_runs_own_clips(tmp_path, capsys, quick):
         assert line in out
     assert re.search("pong       one ahead          0 of 3", out)
     assert "pong       truth, lost      none" in out and "freeway    truth, lost" not in out
-    assert "pong       truth, paddles   left nan off, right nan off" in out
+    assert "pong       truth, paddles   left 0 %, right nan %" in out
     assert (tmp_path / "run/samples/held_out.png").stat().st_size > 1000
 
     for command, message in [

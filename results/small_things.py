@@ -8,8 +8,8 @@ Breakout and the cars of Freeway, objects of two to twenty pixels that loss and 
 An object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame,
 by about as much as in the truth. The table counts the clips in which the ball, or the cars of half
 of the lanes, are seen in single frames. Between two points a game has no ball. "lost" says at which
-side of the field a ball was last seen that is not seen in the last 8 frames, "paddles" how many
-rows Pong's paddles are away from a ball that has come to their side, in the median.
+side of the field a ball was last seen that is not seen in the last 8 frames. "paddles" is for Pong:
+of the frames with a ball at a side, the share in which the paddle there is where it can return it.
 
 An object is alive if it is seen in at least half of the frames from --from on, its median step is
 below 6 pixels, and its median move in 8 frames above 0.5. The cars are alive if those of half of
@@ -48,7 +48,7 @@ FIELDS = {
     "freeway": (slice(0, 80), slice(25, 80), 10),
 }
 SEEN_IN = (4, 8, 16, 24, 32, 40, 47)  # frames in which the objects are counted, too
-EDGE = 6  # pixels; a ball is at a side of its field if it is not farther away
+EDGE = 6  # pixels; a ball is at a side of its field, or at a paddle, if it is nearer than this
 PADDLES = {"left": slice(7, 12), "right": slice(68, 73)}  # columns of Pong's, beside its field
 DIFFERENT = 0.15  # from the background, in [0, 2]; less is the codec's noise
 
@@ -124,10 +124,11 @@ def where_lost(video, background, field, typical):
     return places
 
 
-def paddles_off(video, background, field, typical):
-    """How far Pong's paddles are from a ball at their side: {side: rows}, the median.
+def paddles_there(video, background, field, typical):
+    """Of the frames with a ball at a side, the share with Pong's paddle at the ball: {side: share}.
 
-    video (B, T, 3, 80, 80). nan where no ball has come, or no paddle is there.
+    video (B, T, 3, 80, 80). The middle of the paddle is then less than EDGE rows from the ball; a
+    paddle is 8 rows high. nan if no ball comes to the side.
     """
     mass, centre, _ = follow(video, background, field)
     seen = is_seen(mass, typical)[:, :, 0]
@@ -135,13 +136,13 @@ def paddles_off(video, background, field, typical):
     rows, columns, _ = field
     distance = {"left": column, "right": columns.stop - columns.start - 1 - column}
     y = torch.arange(video.shape[-2])
-    off = {}
+    share = {}
     for side, strip in PADDLES.items():
         away = difference(video, background)[..., strip].sum(-1)  # (B, T, H)
-        paddle = (away * y).sum(-1) / away.sum(-1)
-        at_side = seen & (distance[side] < EDGE)
-        off[side] = (paddle - rows.start - row)[at_side].abs().nanmedian().item()
-    return off
+        paddle = (away * y).sum(-1) / away.sum(-1)  # nan where there is none
+        there = (paddle - rows.start - row).abs() < EDGE
+        share[side] = there[seen & (distance[side] < EDGE)].float().mean().item()
+    return share
 
 
 def median_move(seen, centre, frames):
@@ -268,8 +269,8 @@ def main(argv):
                 text = ", ".join(f"{place} {n}" for place, n in lost.items() if n) or "none"
                 print(f"{game:10s} {name + ', lost':16s} {text}")
             if game == "pong":
-                off = paddles_off(videos[name], background, field, typical)
-                text = ", ".join(f"{side} {rows:.1f} off" for side, rows in off.items())
+                there = paddles_there(videos[name], background, field, typical)
+                text = ", ".join(f"{side} {100 * share:.0f} %" for side, share in there.items())
                 print(f"{game:10s} {name + ', paddles':16s} {text}")
 
         thrice = of_game.repeat(3)
