@@ -5332,6 +5332,27 @@ def test_paddles_are_there_if_they_are_in_the_row_of_a_ball_at_their_side():
     assert there == {"left": 0, "right": 0.25}, "a paddle that is gone is not there"
 
 
+def test_rows_apart_tells_a_paddle_at_the_ball_from_one_at_the_other_paddle():
+    """The left paddle is in the ball's rows, the right one 20 rows below it, or with the left."""
+    video = torch.full((2, 20, 3, 80, 80), -0.5)
+    background = video[0, 0].clone()
+    for frame in range(20):
+        video[:, frame, :, 13 + frame : 15 + frame, 20 + frame] = 0.8
+        video[:, frame, :, 10 + frame : 18 + frame, 8:10] = 0.8
+        video[:, frame, :, 30 + frame : 38 + frame, 70:72] = 0.3
+    field = small_things.FIELDS["pong"]
+    typical = small_things.follow(video, background, field)[0].median()
+    apart = small_things.rows_apart(video, background, field, typical, start=8)
+    wanted = {"left and ball": 0, "right and ball": 20, "left and right": 20}
+    assert apart == pytest.approx(wanted, abs=1e-4)
+    video[:, 8:, :, :, 70:72] = video[:, 8:, :, :, 8:10]
+    apart = small_things.rows_apart(video, background, field, typical, start=8)
+    assert apart["left and right"] == 0, "frames before `start` do not count"
+    video[:, :, :, :, 20:60] = -0.5
+    apart = small_things.rows_apart(video, background, field, typical, start=8)
+    assert apart["left and right"] != apart["left and right"], "nan: there is no ball"
+
+
 def test_small_things_are_not_looked_for_in_sprites(random_run):
     with pytest.raises(ValueError, match="was not trained on captioned videos"):
         small_things.main([str(random_run), "nowhere"])

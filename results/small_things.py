@@ -10,6 +10,7 @@ by about as much as in the truth. The table counts the clips in which the ball, 
 of the lanes, are seen in single frames. Between two points a game has no ball. "lost" says at which
 side of the field a ball was last seen that is not seen in the last 8 frames. "paddles" is for Pong:
 of the frames with a ball at a side, the share in which the paddle there is where it can return it.
+"apart" says how many rows the paddles are from the ball, and from each other.
 
 An object is alive if it is seen in at least half of the frames from --from on, its median step is
 below 6 pixels, and its median move in 8 frames above 0.5. The cars are alive if those of half of
@@ -135,14 +136,31 @@ def paddles_there(video, background, field, typical):
     row, column = centre[:, :, 0].unbind(-1)  # (B, T), in the field
     rows, columns, _ = field
     distance = {"left": column, "right": columns.stop - columns.start - 1 - column}
-    y = torch.arange(video.shape[-2])
     share = {}
-    for side, strip in PADDLES.items():
-        away = difference(video, background)[..., strip].sum(-1)  # (B, T, H)
-        paddle = (away * y).sum(-1) / away.sum(-1)  # nan where there is none
-        there = (paddle - rows.start - row).abs() < EDGE
+    for side in PADDLES:
+        there = (paddle_row(video, background, side) - rows.start - row).abs() < EDGE
         share[side] = there[seen & (distance[side] < EDGE)].float().mean().item()
     return share
+
+
+def paddle_row(video, background, side):
+    """The row of a paddle's middle in each frame, (B, T, 3, 80, 80) -> (B, T); nan: none."""
+    away = difference(video, background)[..., PADDLES[side]].sum(-1)  # (B, T, H)
+    return (away * torch.arange(video.shape[-2])).sum(-1) / away.sum(-1)
+
+
+def rows_apart(video, background, field, typical, start):
+    """How far Pong's paddles are from the ball and from each other: {pair: median of rows}.
+
+    video (B, T, 3, 80, 80); of its frames from `start` on those with a ball count. nan: there is
+    none, or a paddle is gone.
+    """
+    mass, centre, _ = follow(video[:, start:], background, field)
+    rows = {"ball": field[0].start + centre[:, :, 0, 0]}
+    rows |= {side: paddle_row(video[:, start:], background, side) for side in PADDLES}
+    seen = is_seen(mass, typical)[:, :, 0]
+    pairs = [("left", "ball"), ("right", "ball"), ("left", "right")]
+    return {f"{a} and {b}": (rows[a] - rows[b])[seen].abs().nanmedian().item() for a, b in pairs}
 
 
 def median_move(seen, centre, frames):
@@ -272,6 +290,9 @@ def main(argv):
                 there = paddles_there(videos[name], background, field, typical)
                 text = ", ".join(f"{side} {100 * share:.0f} %" for side, share in there.items())
                 print(f"{game:10s} {name + ', paddles':16s} {text}")
+                apart = rows_apart(videos[name], background, field, typical, args.start)
+                text = ", ".join(f"{pair} {rows:.1f}" for pair, rows in apart.items())
+                print(f"{game:10s} {name + ', apart':16s} {text} rows")
 
         thrice = of_game.repeat(3)
         for name, other in {"one ahead": predicted, "copied frame": last}.items():
