@@ -42,12 +42,14 @@ class Config:
     predict: str = "v"  # what the head returns: the velocity v, or "x", the clean frame
     detail: int = 0  # channels of the convolutions behind the head; 0: there are none
     detail_frames: int = 0  # frames right before a noisy one that the convolutions see, too
+    detail_strips: bool = False  # whether they also see the maxima of whole rows and columns
     eps: float = 1e-6
 
     def __post_init__(self):
         if self.predict not in ("v", "x"):
             raise ValueError(f'predict is {self.predict!r}; wanted "v" or "x"')
         unused = {"top_k": None, "window": None, "detail": 0, "detail_frames": 0}
+        unused |= {"detail_strips": False}
         for name, value in vars(self).items():
             if name == "predict" or (name in unused and value == unused[name]):
                 continue
@@ -63,6 +65,8 @@ class Config:
             raise ValueError(
                 f"detail_frames {self.detail_frames} needs convolutions; a detail of 32 would work"
             )
+        if self.detail_strips and not self.detail:
+            raise ValueError("detail_strips needs convolutions; a detail of 32 would work")
         if self.window and self.detail_frames > self.window:
             raise ValueError(
                 f"detail_frames {self.detail_frames}: wanted at most the window, {self.window}"
@@ -285,6 +289,11 @@ class DetailHead(nn.Module):
 
     Values of those frames beyond LARGEST are cut off. What convolutions return grows with what they
     are given, so that without a limit a bad frame would make the next one worse, and so on.
+
+    With `detail_strips`, what the first convolution finds is added to all of its row and all of its
+    column: the maxima of both, each through a linear layer. Convolutions see no farther than nine
+    pixels, and a paddle must know the row of a ball at the other side of the field. It is strip
+    pooling (arXiv 2003.13328), with the maximum in place of the mean, in which a ball would vanish.
     """
 
     def __init__(self, config):
@@ -300,6 +309,10 @@ class DetailHead(nn.Module):
                 nn.Conv2d(width, config.detail_values, 3, padding=1),
             ]
         )
+        self.row, self.column = None, None
+        if config.detail_strips:
+            self.row = nn.Conv2d(width, width, 1)
+            self.column = nn.Conv2d(width, width, 1)
 
     def forward(self, x_t, out, before, e):
         """Refine what the tokens return for the noisy frames x_t: v, or the clean frames.
@@ -315,6 +328,8 @@ class DetailHead(nn.Module):
         z = F.pixel_unshuffle(z, self.scale)  # (B · N, channels, rows, columns)
         z = first(z.to(memory_format=torch.channels_last))  # convolutions are faster in this order
         z = F.gelu(modulate(z, shift.to(z.dtype), scale.to(z.dtype)))
+        if self.row:
+            z = z + self.row(z.amax(3, keepdim=True)) + self.column(z.amax(2, keepdim=True))
         for layer in inner:
             z = F.gelu(layer(z))
         with torch.autocast(z.device.type, enabled=False):  # the pixels are float32, as the head's

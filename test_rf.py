@@ -70,10 +70,10 @@ from routing import attend, attend_masked, route, sparse_causal_mask
 HERE = Path(__file__).parent
 
 
-def tiny(chunk=1, top_k=None, layers=2, window=None, patch=2, detail=0, detail_frames=0):
+def tiny(chunk=1, top_k=None, layers=2, window=None, patch=2, detail=0, **more):
     """A small float64 network with random weights: at its own initialization it returns 0."""
     torch.manual_seed(0)
-    more = {"top_k": top_k, "window": window, "detail": detail, "detail_frames": detail_frames}
+    more |= {"top_k": top_k, "window": window, "detail": detail}
     net = CausalDiT(Config(2, 24, 48, 2, layers, patch, chunk, 5, 16, **more)).double()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -924,6 +924,21 @@ def test_convolutions_that_multiply_what_they_see_do_not_make_a_rollout_grow():
     assert before.abs().max() > 4 and close(net.detail(noise, noise, before, e), wanted)
 
 
+@pytest.mark.parametrize("strips", (False, True))
+def test_strips_carry_what_is_in_a_row_and_a_column_to_all_of_them(strips):
+    net = tiny(detail=6, detail_frames=2, detail_strips=strips)
+    frames = torch.randn(2, 3, 2, 40, 60).double()  # the convolutions take any size
+    before = torch.randn(2, 3, 4, 40, 60).double()
+    e = net.time_embedding(model_py.sinusoid(torch.ones(2, 3), 16).double())
+    plain = net.detail(frames, frames, before, e)
+    before[:, 1, :, 8, 10] = 4
+    changed = (net.detail(frames, frames, before, e) - plain).abs().amax((0, 2))
+    assert changed[1, 8, 10] > 0
+    assert (changed[1, 8, 50] > 0) == (changed[1, 32, 10] > 0) == strips, "far off in its lines"
+    assert changed[1, 20:, 24:].max() == 0, "in neither, nor near one"
+    assert changed[[0, 2]].max() == 0, "no other frame"
+
+
 @contextmanager
 def seen_before(net):
     """Record the frames before that each call of the detail head is given."""
@@ -968,9 +983,10 @@ def test_a_rollout_shows_the_detail_head_the_same_frames(chunk, window, sink, gi
         assert same(before, torch.cat([padded[i + 1], padded[i]], dim=2).repeat(2, 1, 1, 1, 1)), i
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_a_cached_rollout_with_a_detail_head_is_the_parallel_pass(count):
-    net, (x, x_t, t, c) = tiny(detail=6, detail_frames=count), clip(N=4)
+@pytest.mark.parametrize("count, strips", [(0, False), (2, False), (2, True)])
+def test_a_cached_rollout_with_a_detail_head_is_the_parallel_pass(count, strips):
+    net = tiny(detail=6, detail_frames=count, detail_strips=strips)
+    x, x_t, t, c = clip(N=4)
     together = net(x_t, t, c, x[:, :-1])
     cache, history = net.cache(2, 4), None
     for i in range(4):
@@ -1016,11 +1032,12 @@ def test_what_the_network_predicts_is_v_or_x(tmp_path):
 
     run = make_run(tmp_path / "old")
     state = checkpoint_of(run)
-    for name in ("predict", "detail", "detail_frames"):  # from before there was a choice
+    for name in ("predict", "detail", "detail_frames", "detail_strips"):  # from before a choice
         del state["config"][name]
     torch.save(state, run / "ckpt.pt")
     config = load_checkpoint(run).config
     assert (config.predict, config.detail, config.detail_frames) == ("v", 0, 0)
+    assert not config.detail_strips
 
 
 def test_weights_of_half_precision_become_whole(tmp_path):
@@ -1211,6 +1228,8 @@ def test_sizes_that_do_not_fit_are_refused():
             Config(**wrong)
     with pytest.raises(ValueError, match="detail_frames 2 needs convolutions; a detail of 32"):
         Config(detail_frames=2)
+    with pytest.raises(ValueError, match="detail_strips needs convolutions; a detail of 32"):
+        Config(detail_strips=True)
     with pytest.raises(ValueError, match="detail_frames 2: wanted at most the window, 1"):
         Config(detail=8, detail_frames=2, window=1)
 
@@ -3180,7 +3199,8 @@ def test_the_workers_of_a_group_are_not_forked_beside_its_threads(monkeypatch):
 def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, optimizer, quick):
     flags = [*TINY, "--batch", 4, "--warmup", 1, "--layers", 2, "--decay", "constant"]
     flags = [*map(str, flags), "--accumulate", "2", "--lr", "1e-3", "--muon-lr", "1e-3"]
-    flags += ["--optimizer", optimizer, "--detail", "8", "--detail-frames", "2"]
+    flags += ["--optimizer", optimizer]
+    flags += ["--detail", "8", "--detail-frames", "2", "--detail-strips"]
     train.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
 
     more = ["--fsdp", "--recompute", "--workers", "1"] if sharded else []
@@ -3496,6 +3516,7 @@ def inputs(tmp_path_factory, trained):
             "a clip has 4 frames, and the last is nobody's history; 2 or less would work",
         ),
         ("--detail-frames 2", "--detail-frames 2 needs convolutions; --detail 32 would work"),
+        ("--detail-strips", "--detail-strips needs convolutions; --detail 32 would work"),
         (
             "--detail 8 --detail-frames 4 --frames 4",
             "a clip has 4 frames, .*; 3 or less would work",

@@ -448,6 +448,9 @@ def add_network_flags(add):
     add("--detail-frames", type=bounded_int(0, 1024),
         help="frames right before each noisy one that these convolutions see, too, for small "
              "things that move: try 2, with --history noise (default: the preset's: 0)")
+    add("--detail-strips", action="store_true",
+        help="tell each pixel what these convolutions find anywhere in its row and column, for "
+             "things that follow one another from afar, as a paddle follows a ball")
     add("--chunk", type=bounded_int(1, 1024),
         help="latent frames in an autoregressive frame; the paper: 3 (default: the preset's)")
     add("--top-k", type=positive_int,
@@ -625,18 +628,22 @@ def check_network(args):
             f"to resample; {2 * chunk} would work, or --history teacher"
         )
     check_divisible("--frames", args.frames, chunk, "the chunk")
-    check_detail_frames(args, preset, args.frames // chunk)
+    check_detail(args, preset, args.frames // chunk)
     check_resample_given(args, args.frames // chunk)
 
 
-def check_detail_frames(args, preset, frames):
-    """Raise ValueError for --detail-frames without convolutions, or more than clips can show."""
+def check_detail(args, preset, frames):
+    """Raise ValueError for --detail-frames or --detail-strips without convolutions.
+
+    Also for more --detail-frames than clips can show.
+    """
     wanted = args.detail_frames
-    if not wanted:
+    flag = f"--detail-frames {wanted}" if wanted else "--detail-strips"
+    if not wanted and not args.detail_strips:
         return
     if not (preset.detail if args.detail is None else args.detail):
-        raise ValueError(f"--detail-frames {wanted} needs convolutions; --detail 32 would work")
-    if wanted >= frames:
+        raise ValueError(f"{flag} needs convolutions; --detail 32 would work")
+    if wanted and wanted >= frames:
         raise ValueError(
             f"--detail-frames {wanted}: a clip has {frames} frames, {frames - 1} before the last; "
             f"{frames - 1} or less would work"
@@ -968,6 +975,7 @@ def make_config(args, data):
         "predict": args.predict,
         "detail": args.detail,
         "detail_frames": args.detail_frames,
+        "detail_strips": args.detail_strips or None,
         "top_k": args.top_k,
         "window": args.window,
         "channels": data.channels if data else None,
@@ -1332,7 +1340,7 @@ def flops(config, N, M, P, words, first=0):
 
 
 def detail_flops(config, P):
-    """FLOPs of `model.DetailHead` on a frame of P tokens."""
+    """FLOPs of `model.DetailHead` on a frame of P tokens, without strips: 1 in 1000 of them."""
     W = config.detail
     places = P // config.chunk * config.patch**2 // config.detail_scale**2
     weights = 9 * W * (config.detail_inputs + config.detail_values + 2 * W)
@@ -1386,6 +1394,7 @@ def plan(args, config, words, world):
     place = 0
     if config.detail:  # the last convolution is outside of autocast
         place = size * (config.detail_inputs + 6 * config.detail) + 4 * config.detail
+        place += size * config.detail * config.detail_strips
     places = N * args.height * args.width // config.detail_scale**2  # of the convolutions
 
     shards = world if args.fsdp else 1
