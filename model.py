@@ -48,8 +48,8 @@ class Config:
     def __post_init__(self):
         if self.predict not in ("v", "x"):
             raise ValueError(f'predict is {self.predict!r}; wanted "v" or "x"')
-        unused = {"top_k": None, "window": None, "detail": 0, "detail_frames": 0}
-        unused |= {"detail_strips": False}
+        unused = {"top_k": None, "window": None}
+        unused |= {"detail": 0, "detail_frames": 0, "detail_strips": False}
         for name, value in vars(self).items():
             if name == "predict" or (name in unused and value == unused[name]):
                 continue

@@ -1340,7 +1340,7 @@ def flops(config, N, M, P, words, first=0):
 
 
 def detail_flops(config, P):
-    """FLOPs of `model.DetailHead` on a frame of P tokens, without strips: 1 in 1000 of them."""
+    """FLOPs of `model.DetailHead` on a frame of P tokens, without strips: 2 in 1000 of them."""
     W = config.detail
     places = P // config.chunk * config.patch**2 // config.detail_scale**2
     weights = 9 * W * (config.detail_inputs + config.detail_values + 2 * W)
