@@ -938,6 +938,14 @@ def test_strips_carry_what_is_in_a_row_and_a_column_to_all_of_them(strips):
     assert changed[1, 20:, 24:].max() == 0, "in neither, nor near one"
     assert changed[[0, 2]].max() == 0, "no other frame"
 
+    reached = []
+    for column in range(30, 60, 3):  # most are no maximum of their row, for no channel
+        other = before.clone()
+        other[:, 1, 0, 30, column] += 1e-9
+        changed = net.detail(frames, frames, other, e) - net.detail(frames, frames, before, e)
+        reached.append(changed[:, 1, :, 30, :15].abs().max() > 0)
+    assert not all(reached), "the mean of a row would carry all of them"
+
 
 @contextmanager
 def seen_before(net):
@@ -3202,6 +3210,7 @@ def test_two_processes_are_one_and_resume_as_one(tmp_path, sharded, optimizer, q
     flags += ["--optimizer", optimizer]
     flags += ["--detail", "8", "--detail-frames", "2", "--detail-strips"]
     train.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
+    assert load_checkpoint(tmp_path / "one").config.detail_strips
 
     more = ["--fsdp", "--recompute", "--workers", "1"] if sharded else []
     two = tmp_path / "two"
