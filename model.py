@@ -100,7 +100,7 @@ PRESETS = {
 }
 
 LEAST_T = 0.05  # x-prediction divides by t, or by this if t is smaller
-LARGEST = 4.0  # the convolutions see values of finished frames up to this; pixels are up to 1
+MAX_FINISHED = 4.0  # the convolutions see values of finished frames up to this; pixels are up to 1
 
 
 def rope(width, frames, rows, columns):
@@ -284,16 +284,17 @@ class DetailHead(nn.Module):
     pixels of that many frames right before it, and learn how a thing of a few pixels moves. They
     run at half the resolution, or at the whole one where the patch is odd.
 
-    With `detail_frames`, train with noise on the history first. On a clean history the convolutions
-    learn to copy, errors too, and rollouts fall apart.
+    With `detail_frames`, begin with noise on the history (`--history noise --warmup 0`). On a clean
+    history the convolutions learn to copy, errors too, and rollouts fall apart.
 
-    Values of those frames beyond LARGEST are cut off. What convolutions return grows with what they
-    are given, so that without a limit a bad frame would make the next one worse, and so on.
+    Values of those frames beyond MAX_FINISHED are cut off. What convolutions return grows with what
+    they are given, so that without a limit a bad frame would make the next one worse, and so on.
 
-    With `detail_strips`, what the first convolution finds is added to all of its row and all of its
-    column: the maxima of both, each through a linear layer. Convolutions see no farther than nine
-    pixels, and a paddle must know the row of a ball at the other side of the field. It is strip
-    pooling (arXiv 2003.13328), with the maximum in place of the mean, in which a ball would vanish.
+    With `detail_strips`, each place also gets the maximum over its row and the maximum over its
+    column of what the first convolution returns, each through a linear layer. Convolutions see no
+    farther than nine pixels, and a paddle must know the row of a ball at the other side of the
+    field. It is strip pooling (arXiv 2003.13328), with the maximum in place of the mean, in which a
+    ball would vanish.
     """
 
     def __init__(self, config):
@@ -323,7 +324,7 @@ class DetailHead(nn.Module):
         shift, scale = self.modulation(e).flatten(0, 1)[..., None, None].chunk(2, dim=1)
         first, *inner, last = self.layers
 
-        before = before.clamp(-LARGEST, LARGEST)
+        before = before.clamp(-MAX_FINISHED, MAX_FINISHED)
         z = torch.cat([x_t, out, before], dim=2).flatten(0, 1).to(first.weight.dtype)
         z = F.pixel_unshuffle(z, self.scale)  # (B · N, channels, rows, columns)
         z = first(z.to(memory_format=torch.channels_last))  # convolutions are faster in this order
@@ -381,8 +382,8 @@ def velocity(x_t, t, clean):
 class CausalDiT(nn.Module):
     """Wan 2.1's text-to-video DiT with a noise level per frame.
 
-    The last layer returns v, or with `predict="x"` the clean frame, from which v follows. That of a
-    new network returns 0.
+    The last layer returns v, or with `predict="x"` the clean frame, from which v follows. A new
+    network's last layer returns 0.
     """
 
     def __init__(self, config):

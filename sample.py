@@ -1,13 +1,13 @@
 """Generate videos of any length with a trained model, frame after frame.
 
-  python sample.py "red circle and blue square"           with the latest run, or the box's weights
+  python sample.py "red circle and blue square"           the latest run, or results/resample.pt
   python sample.py "red circle and blue square" --checkpoint runs/001
   python sample.py "red circle and blue square" --given clip.mp4 --frames 100 --window 11
   python sample.py "red circle" --then 16 "white square" --frames 32
   python sample.py --eval --frames 48                     print metrics on held-out sprites
   python sample.py --compare runs/a runs/b                evaluate several runs on the same clips
   python sample.py --table runs/a-0 runs/a-1 runs/b-0     average earlier --eval over seeds
-  python sample.py "red circle" --routing                 show which frames are picked (Fig. 8)
+  python sample.py "red circle" --routing --checkpoint runs/fig-8/top-5   which frames are picked
 
 Frames are written as they are finished. Without --checkpoint, the latest run under runs/ is used;
 if there is none, results/resample.pt, a trained model of the sprites.
@@ -1380,6 +1380,8 @@ def print_speed(args, what, count, sampling, decoding):
     """
     line = f"{count / sum(sampling):.1f} frames per second: {what} in {sum(sampling):.1f} s, "
     line += f"{args.steps} steps each"
+    if not args.given and args.first_steps != args.steps:
+        line += f" and {args.first_steps} the first"
     if args.guidance != 1:
         line += ", guidance counted"
     line += ", writing files not counted"

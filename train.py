@@ -1,6 +1,6 @@
 """Train an autoregressive video model from scratch, without a teacher: Algorithm 1.
 
-  python train.py                                       moving sprites, on a laptop in 12 minutes
+  python train.py                                       moving sprites, 12 minutes on two cores
   python train.py --data clips --size 64 --frames 16    a folder of your own videos
   torchrun --nproc-per-node 8 train.py --frames 60      many processes, the same batch
 
@@ -447,7 +447,7 @@ def add_network_flags(add):
              "(default: the preset's: 0, none)")
     add("--detail-frames", type=bounded_int(0, 1024),
         help="frames right before each noisy one that these convolutions see, too, for small "
-             "things that move: try 2, with --history noise (default: the preset's: 0)")
+             "things that move: try 2, with --history noise --warmup 0 (default: the preset's: 0)")
     add("--detail-strips", action="store_true",
         help="tell each pixel what these convolutions find anywhere in its row and column, for "
              "things that follow one another from afar, as a paddle follows a ball")
@@ -472,7 +472,8 @@ def add_method_flags(add):
         help="first frames of a clip that stay true where the history is resampled, for small "
              "things, which noise erases: try 2 (default: %(default)s)")
     add("--resample-share", type=fraction, default=1.0,
-        help="fraction of batches whose history is resampled (default: %(default)s)")
+        help="fraction of batches with --history; the others have the true one (default: "
+             "%(default)s)")
     add("--noise", type=fraction, default=0.3,
         help="highest noise level of --history noise (default: %(default)s)")
     add("--time-shift", type=positive_float, default=3.0,
@@ -1200,7 +1201,7 @@ def open_folder(args, start):
     with name_in_errors(args.out or "runs/"):
         out = args.out or new_folder()
         out.mkdir(parents=True, exist_ok=True)
-        lock_folder(out)
+        hold_folder(out)
     if args.resume:
         delete_parts(out)
     else:
@@ -1238,7 +1239,7 @@ def name_in_errors(path):
         raise ValueError(f"cannot write {path}: {error.strerror or one_line(error)}") from None
 
 
-def lock_folder(out):
+def hold_folder(out):
     """Lock the run's folder until this process ends. Raises ValueError if another holds it.
 
     The file stays, and names the process that locked it last.
@@ -1340,7 +1341,7 @@ def flops(config, N, M, P, words, first=0):
 
 
 def detail_flops(config, P):
-    """FLOPs of `model.DetailHead` on a frame of P tokens, without strips: 2 in 1000 of them."""
+    """FLOPs of `model.DetailHead` on a frame of P tokens, without strips: under 1 % of them."""
     W = config.detail
     places = P // config.chunk * config.patch**2 // config.detail_scale**2
     weights = 9 * W * (config.detail_inputs + config.detail_values + 2 * W)
@@ -1442,6 +1443,7 @@ def print_start(args, config, cost, world, device, start):
         f"steps, samples/ every {args.sample_every}, log.jsonl"
     )
     warn_of_untrained_redraw(args, config)
+    warn_of_clean_history(args, config)
 
 
 def warn_of_untrained_redraw(args, config):
@@ -1458,6 +1460,17 @@ def warn_of_untrained_redraw(args, config):
             f"warning: the history is redrawn from levels down to t = {level:.2g}, and only "
             f"{share:.0e} of the loss is below; frames may grow without bound; "
             "a lower --time-shift helps"
+        )
+
+
+def warn_of_clean_history(args, config):
+    """Warn if the convolutions of `detail_frames` are trained with teacher forcing."""
+    steps = args.steps if args.history == "teacher" else min(args.warmup, args.steps)
+    if config.detail_frames and steps:
+        print(
+            f"warning: teacher forcing until step {steps} with --detail-frames: the convolutions "
+            "learn to copy a clean history, and rollouts fall apart; --history noise --warmup 0 "
+            "first would work"
         )
 
 
@@ -1580,7 +1593,7 @@ def report(clips, args, cost, world, device):
     )
 
 
-def has_times(entry):
+def is_step(entry):
     """Whether a log entry is a step's, with all that `print_speed` reads."""
     times = [entry.get(name) for name in ("seconds", "history_seconds", "data_seconds")]
     return isinstance(entry.get("history"), str) and all(isinstance(z, float) for z in times)
@@ -1617,7 +1630,7 @@ def print_speed(args, cost, world, device):
     history are teacher-forcing steps, taken in the same minutes.
     """
     entries = map(read_entry, (args.out / "log.jsonl").read_text(errors="replace").splitlines())
-    steps = [entry for entry in entries if entry and has_times(entry)]
+    steps = [entry for entry in entries if entry and is_step(entry)]
     if not steps:
         return
     names = np.array([step["history"] for step in steps])
@@ -1628,7 +1641,7 @@ def print_speed(args, cost, world, device):
     texts = []
     for name in sorted(set(names), reverse=True):
         of_name = names == name
-        text = f"{name} {1000 * np.median(seconds[of_name]):.0f} ms"
+        text = f"{name.removesuffix('_history')} {1000 * np.median(seconds[of_name]):.0f} ms"
         if name != "teacher_history":
             text += f" ({np.median((seconds / bare)[of_name]):.2f} x one without it"
             if name == "resample_history":

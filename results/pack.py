@@ -1,6 +1,6 @@
 """Reduce a run's checkpoint to its averaged weights in half precision, as results/resample.pt is.
 
-  python results/pack.py runs/box/resample results/resample.pt
+  python results/pack.py runs/box/resample-0 results/resample.pt
 
 The file loads like any run (sample.py --checkpoint, train.py --init; with a preset of Wan it must
 be named ckpt.pt). It holds no optimizer state, so that --resume refuses it.

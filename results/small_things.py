@@ -1,6 +1,6 @@
 """Are the small moving things of the Atari games still there, and do they move?
 
-  python results/small_things.py runs/games games/test
+  python results/small_things.py runs/games/three games/test
 
 Continues held-out clips of record_games.py from two true frames, and follows the balls of Pong and
 Breakout and the cars of Freeway, objects of two to twenty pixels that loss and eye can miss.
