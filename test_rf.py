@@ -54,7 +54,7 @@ from data import (
     writer,
 )
 from model import PRESETS, CausalDiT, Config, load_checkpoint
-from results import evidence, health, plot, rivals, small_things
+from results import evidence, health, plot, record_games, rivals, small_things
 from rf import (
     HISTORY,
     Guided,
@@ -5305,6 +5305,16 @@ def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
 # ---- results/small_things.py ----
 
 
+def test_a_ball_of_breakout_is_as_bright_between_pixels():
+    ball = np.zeros((160, 160, 3), np.uint8)
+    ball[51:55, 21:23] = (200, 72, 72)
+    halved = record_games.halve(ball, "breakout")
+    assert halved.shape == (80, 80, 3) and halved.dtype == np.uint8
+    assert (halved[25:28, 10:12] == (200, 72, 72)).all() and halved.astype(int).sum() == 6 * 344
+    halved = record_games.halve(ball, "pong")
+    assert halved[25, 10].tolist() == [50, 18, 18] and halved[26, 10].tolist() == [100, 36, 36]
+
+
 def game_of_a_dot(kind):
     """Four videos (4, 48, 3, 80, 80) of a dot on a plain field; `kind` says what becomes of it."""
     video = torch.full((4, 48, 3, 80, 80), -0.5)
@@ -5487,7 +5497,9 @@ def test_the_readme_names_what_exists():
     assert len(rows) >= 9
     for file, name in rows:
         assert hasattr(MODULES[file], name), f"{file}.{name}"
-    for folder, page in ((HERE, README), (HERE / "results", EVIDENCE)):
+    tried = (HERE / "results/games.md").read_text()
+    pages = ((HERE, README), (HERE / "results", EVIDENCE), (HERE / "results", tried))
+    for folder, page in pages:
         links = re.findall(r"\]\(((?!http)[^)]+)\)", page) + re.findall(r'src="([^"]+)"', page)
         for link in links:
             path, _, heading = link.partition("#")
