@@ -5344,6 +5344,8 @@ def test_small_things_are_judged_alive_if_they_are_there_and_move():
         assert alive.tolist() == [kind == "moves"] * 4, kind
         seen = small_things.seen_in(video, [4, 40], background, field, typical)
         assert seen == ([4, 0] if kind == "gone" else [4, 4]), kind
+        near = small_things.near_truth(video, truth, [4, 40], background, field, typical)
+        assert near == ([4, 0] if kind in ("gone", "frozen") else [4, 4]), kind
     a, b = truth[:, 5:6], truth[:, 6:7]
     assert small_things.found(b, b, background, field, typical) == (4, 4)
     assert small_things.found(b, a, background, field, typical) == (0, 4), "it moves by more"
@@ -5457,6 +5459,7 @@ def test_small_things_are_followed_in_a_runs_own_clips(tmp_path, capsys, quick):
     for line in ("pong       truth              1 of 1", "all        rollout            0 of 3"):
         assert line in out
     assert re.search("pong       one ahead          0 of 3", out)
+    assert "pong       rollout, near      0" in out and "truth, near" not in out
     assert "pong       truth, lost      none" in out and "freeway    truth, lost" not in out
     assert "pong       truth, paddles   left 0 %, right nan %" in out
     assert (tmp_path / "run/samples/held_out.png").stat().st_size > 1000

@@ -7,10 +7,11 @@ Breakout and the cars of Freeway, objects of two to twenty pixels that loss and 
 
 An object is seen where a spot of 3 x 3 pixels differs from the background, the game's median frame,
 by about as much as in the truth. The table counts the clips in which the ball, or the cars of half
-of the lanes, are seen in single frames. Between two points a game has no ball. "lost" says at which
-side of the field a ball was last seen that is not seen in the last 8 frames. "paddles" is for Pong:
-of the frames with a ball at a side, the share in which the paddle there is where it can return it.
-"apart" says how many rows the paddles are from the ball, and from each other.
+of the lanes, are seen in single frames, and "near" those in which they are within 3 pixels of the
+true ones. Between two points a game has no ball. "lost" says at which side of the field a ball was
+last seen that is not seen in the last 8 frames. "paddles" is for Pong: of the frames with a ball at
+a side, the share in which the paddle there is where it can return it. "apart" says how many rows
+the paddles are from the ball, and from each other.
 
 An object is alive if it is seen in at least half of the frames from --from on, its median step is
 below 6 pixels, and its median move in 8 frames above 0.5. The cars are alive if those of half of
@@ -49,6 +50,7 @@ FIELDS = {
     "freeway": (slice(0, 80), slice(25, 80), 10),
 }
 SEEN_IN = (4, 8, 16, 24, 32, 40, 47)  # frames in which the objects are counted, too
+NEAR = 3  # pixels; an object is where the truth has it if it is nearer than this
 EDGE = 6  # pixels; a ball is at a side of its field, or at a paddle, if it is nearer than this
 PADDLES = {"left": slice(7, 12), "right": slice(68, 73)}  # columns of Pong's, beside its field
 DIFFERENT = 0.15  # from the background, in [0, 2]; less is the codec's noise
@@ -100,6 +102,18 @@ def seen_in(video, numbers, background, field, typical):
     mass, _, _ = follow(video[:, numbers], background, field)
     half = is_seen(mass, typical).float().mean(-1) >= 0.5  # (B, frames)
     return half.sum(0).tolist()
+
+
+def near_truth(video, truth, numbers, background, field, typical):
+    """In how many videos half of the objects are seen within NEAR pixels of the true ones.
+
+    video, truth (B, T, 3, 80, 80); counted in each of the frames `numbers`.
+    """
+    mass, centre, _ = follow(video[:, numbers], background, field)
+    true_mass, true_centre, _ = follow(truth[:, numbers], background, field)
+    both = is_seen(mass, typical) & is_seen(true_mass, typical)
+    near = both & ((centre - true_centre).norm(dim=-1) < NEAR)
+    return (near.float().mean(-1) >= 0.5).sum(0).tolist()
 
 
 def where_lost(video, background, field, typical):
@@ -282,6 +296,9 @@ def main(argv):
         for name in ("truth", "rollout"):
             counts = seen_in(videos[name], numbers, background, field, typical)
             print(f"{game:10s} {name + ', seen':16s} {' '.join(f'{n:3d}' for n in counts)}")
+            if name == "rollout":
+                counts = near_truth(videos[name], true, numbers, background, field, typical)
+                print(f"{game:10s} {name + ', near':16s} {' '.join(f'{n:3d}' for n in counts)}")
             if field[2] == 1:
                 lost = where_lost(videos[name], background, field, typical)
                 text = ", ".join(f"{place} {n}" for place, n in lost.items() if n) or "none"
