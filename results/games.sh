@@ -1,7 +1,7 @@
 # Small moving things, in Atari games: bash results/games.sh
 #
 # pip install ale-py
-# About 80 minutes for Pong, 75 for Breakout and 75 for one model of three games, with one thread of
+# About 95 minutes for Pong, 80 for Breakout and 75 for one model of three games, with one thread of
 # a CPU that is fast in bf16 (AVX512-BF16 or AMX); twice that on others.
 . "$(dirname "$0")/common.sh"
 games=${1:-games}
@@ -22,13 +22,16 @@ if [ ! -e "$games/done" ]; then  # an interrupted recording is refused, not repl
     touch "$games/done"
 fi
 
-alone() {  # alone GAME STEPS STEPS: a model of one game, first with noise, then with resampling
-    one="$train --data $games/$1/train $small --detail-strips"
-    row $runs/$1-noise $one $noise --steps $2
-    row $runs/$1 $one $redraw --steps $3 --init $runs/$1-noise --seed 1
-    python results/small_things.py $runs/$1 $games/$1/test
-}
-alone pong 2000 6000
-alone breakout 2600 4000
+pong="$train --data $games/pong/train $small --detail-strips"
+row $runs/pong-1 $pong $noise --steps 2000
+row $runs/pong-2 $pong $redraw --steps 6000 --init $runs/pong-1 --seed 1
+python results/small_things.py $runs/pong-2 $games/pong/test
+
+breakout="$train --data $games/breakout/train $small --detail-strips"
+row $runs/breakout-1 $breakout $noise --steps 2600
+row $runs/breakout-2 $breakout $noise --steps 3000 --init $runs/breakout-1 --seed 1
+row $runs/breakout-3 $breakout $redraw --steps 2200 --init $runs/breakout-2 --seed 2
+python results/small_things.py $runs/breakout-3 $games/breakout/test
+
 row $runs/three $train --data $games/train $small $noise --steps 10000
 python results/small_things.py $runs/three $games/test
