@@ -1469,8 +1469,8 @@ def warn_of_clean_history(args, config):
     if config.detail_frames and steps:
         print(
             f"warning: teacher forcing until step {steps} with --detail-frames: the convolutions "
-            "learn to copy a clean history, and rollouts fall apart; --history noise --warmup 0 "
-            "first would work"
+            "learn to copy a clean history, and rollouts fall apart; begin with a run of --history "
+            "noise --warmup 0"
         )
 
 

@@ -166,8 +166,8 @@ def paddle_row(video, background, side):
 def rows_apart(video, background, field, typical, start):
     """How far Pong's paddles are from the ball and from each other: {pair: median of rows}.
 
-    video (B, T, 3, 80, 80); of its frames from `start` on those with a ball count. nan: there is
-    none, or a paddle is gone.
+    video (B, T, 3, 80, 80); of its frames from `start` on those with a ball count, and with both
+    of the pair. nan: there is none.
     """
     mass, centre, _ = follow(video[:, start:], background, field)
     rows = {"ball": field[0].start + centre[:, :, 0, 0]}
