@@ -3361,6 +3361,7 @@ def test_a_redraw_at_levels_that_nothing_trains_is_warned_of(flags, warned, caps
         ("--detail 8 --detail-frames 2 --history noise", 3000),
         ("--detail 8 --detail-frames 2 --history noise --warmup 9 --steps 5", 5),
         ("--detail 8 --detail-frames 2 --history teacher --warmup 0 --steps 7", 7),
+        ("--detail 8 --detail-frames 2 --history noise --warmup 0 --resample-share 0.5", 4800),
         ("--detail 8 --detail-frames 2 --history noise --warmup 0", None),
         ("--detail 8", None),
     ],
@@ -3371,6 +3372,8 @@ def test_convolutions_that_learn_to_copy_are_warned_of(flags, steps, capsys):
     train.warn_of_clean_history(args, config)
     out = capsys.readouterr().out
     assert out.startswith(f"warning: teacher forcing until step {steps} with") if steps else not out
+    train.warn_of_clean_history(args, config, start=steps or 0)
+    assert not capsys.readouterr().out, "these steps are in the past"
 
 
 def test_a_run_prints_these_warnings_when_it_starts(tmp_path, capsys, quick):
@@ -4727,6 +4730,10 @@ def test_the_time_of_a_frame_is_printed_by_its_number(capsys):
     assert out.startswith(
         "5.2 frames per second: 100 frames in 19.2 s, 4 steps each and 16 the first"
     )
+    args.given = "clip.mp4"
+    sample.print_speed(args, "100 frames", 100, seconds, [0.0] * 100)
+    given = capsys.readouterr().out
+    assert given.startswith("5.2 frames per second: 100 frames in 19.2 s, 4 steps each, writing")
     quarters = "10.0 ms (21 to 40), 10.0 ms (41 to 60), 20.0 ms (61 to 80), 20.0 ms (81 to 100)"
     assert f"median time of a frame: {quarters}\n" in out
     args = sample.parse(["--steps", "4", "--first-steps", "4", "--guidance", "5", "--wan", "WAN"])
@@ -5311,8 +5318,9 @@ def test_a_ball_of_breakout_is_as_bright_between_pixels():
     halved = record_games.halve(ball, "breakout")
     assert halved.shape == (80, 80, 3) and halved.dtype == np.uint8
     assert (halved[25:28, 10:12] == (200, 72, 72)).all() and halved.astype(int).sum() == 6 * 344
-    halved = record_games.halve(ball, "pong")
-    assert halved[25, 10].tolist() == [50, 18, 18] and halved[26, 10].tolist() == [100, 36, 36]
+    for game in ("pong", "freeway"):
+        halved = record_games.halve(ball, game)
+        assert halved[25, 10].tolist() == [50, 18, 18] and halved[26, 10].tolist() == [100, 36, 36]
 
 
 def game_of_a_dot(kind):
@@ -5346,6 +5354,9 @@ def test_small_things_are_judged_alive_if_they_are_there_and_move():
         assert seen == ([4, 0] if kind == "gone" else [4, 4]), kind
         near = small_things.near_truth(video, truth, [4, 40], background, field, typical)
         assert near == ([4, 0] if kind in ("gone", "frozen") else [4, 4]), kind
+    for ahead, wanted in ((2, 4), (3, 0)):  # by 2.2 and 3.4 pixels
+        near = small_things.near_truth(truth[:, ahead:], truth, [4], background, field, typical)
+        assert near == [wanted], "within 3 pixels"
     a, b = truth[:, 5:6], truth[:, 6:7]
     assert small_things.found(b, b, background, field, typical) == (4, 4)
     assert small_things.found(b, a, background, field, typical) == (0, 4), "it moves by more"

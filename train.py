@@ -638,13 +638,13 @@ def check_detail(args, preset, frames):
 
     Also for more --detail-frames than clips can show.
     """
-    wanted = args.detail_frames
-    flag = f"--detail-frames {wanted}" if wanted else "--detail-strips"
-    if not wanted and not args.detail_strips:
-        return
-    if not (preset.detail if args.detail is None else args.detail):
-        raise ValueError(f"{flag} needs convolutions; --detail 32 would work")
-    if wanted and wanted >= frames:
+    detail = preset.detail if args.detail is None else args.detail
+    wanted = args.detail_frames or 0
+    needs = {f"--detail-frames {wanted}": wanted, "--detail-strips": args.detail_strips}
+    for flag, given in needs.items():
+        if given and not detail:
+            raise ValueError(f"{flag} needs convolutions; --detail 32 would work")
+    if wanted >= frames:
         raise ValueError(
             f"--detail-frames {wanted}: a clip has {frames} frames, {frames - 1} before the last; "
             f"{frames - 1} or less would work"
@@ -1443,7 +1443,7 @@ def print_start(args, config, cost, world, device, start):
         f"steps, samples/ every {args.sample_every}, log.jsonl"
     )
     warn_of_untrained_redraw(args, config)
-    warn_of_clean_history(args, config)
+    warn_of_clean_history(args, config, start)
 
 
 def warn_of_untrained_redraw(args, config):
@@ -1463,12 +1463,13 @@ def warn_of_untrained_redraw(args, config):
         )
 
 
-def warn_of_clean_history(args, config):
-    """Warn if the convolutions of `detail_frames` are trained with teacher forcing."""
-    steps = args.steps if args.history == "teacher" else min(args.warmup, args.steps)
-    if config.detail_frames and steps:
+def warn_of_clean_history(args, config, start=0):
+    """Warn if the convolutions of `detail_frames` are trained with teacher forcing from now on."""
+    always = args.history == "teacher" or args.resample_share < 1
+    end = args.steps if always else min(args.warmup, args.steps)
+    if config.detail_frames and start < end:
         print(
-            f"warning: teacher forcing until step {steps} with --detail-frames: the convolutions "
+            f"warning: teacher forcing until step {end} with --detail-frames: the convolutions "
             "learn to copy a clean history, and rollouts fall apart; begin with a run of --history "
             "noise --warmup 0"
         )

@@ -88,20 +88,23 @@ def is_seen(mass, typical):
     return (mass > 0.4 * typical) & (mass < 2.5 * typical)
 
 
+def has_half(there):
+    """Whether half of the objects are there: (..., S) of bool -> (...)."""
+    return there.float().mean(-1) >= 0.5
+
+
 def alive(video, background, field, typical, most, start):
     """Whether the objects of each video (B, T, 3, 80, 80) are there and move from `start` on."""
     mass, centre, whole = follow(video[:, start:], background, field)
     seen = is_seen(mass, typical)
     moves = (median_move(seen, centre, 1) < 6) & (median_move(seen, centre, 8) > 0.5)
-    found = ((seen.float().mean(1) >= 0.5) & moves).float().mean(1) >= 0.5
-    return found & (whole.median(1).values < 1.25 * most)
+    return has_half((seen.float().mean(1) >= 0.5) & moves) & (whole.median(1).values < 1.25 * most)
 
 
 def seen_in(video, numbers, background, field, typical):
     """In how many videos (B, T, 3, 80, 80) half of the objects are seen, in each of the frames."""
     mass, _, _ = follow(video[:, numbers], background, field)
-    half = is_seen(mass, typical).float().mean(-1) >= 0.5  # (B, frames)
-    return half.sum(0).tolist()
+    return has_half(is_seen(mass, typical)).sum(0).tolist()
 
 
 def near_truth(video, truth, numbers, background, field, typical):
@@ -113,7 +116,7 @@ def near_truth(video, truth, numbers, background, field, typical):
     true_mass, true_centre, _ = follow(truth[:, numbers], background, field)
     both = is_seen(mass, typical) & is_seen(true_mass, typical)
     near = both & ((centre - true_centre).norm(dim=-1) < NEAR)
-    return (near.float().mean(-1) >= 0.5).sum(0).tolist()
+    return has_half(near).sum(0).tolist()
 
 
 def where_lost(video, background, field, typical):
