@@ -1,29 +1,27 @@
-"""Videos in and out: a procedural world of sprites with its metrics, folders of videos, folders of
-latents.
+"""Videos in and out: a procedural world of sprites with its metrics, folders of videos or latents.
 
 A dataset maps any index >= 0 to (video, c): video (T, C, height, width) float32, pixels in [-1, 1],
 and c (L, text_dim). The same seed and index give the same item, on any machine and in any process.
-Its attributes: channels, size, frames, fps, text_dim, rows (L) and words (None for latents).
+Its attributes: channels, size, frames, fps, text_dim and words (None for latents).
 
-B videos, T frames, C channels, S sprites, L words, F pictures to fit.
+  python data.py VIDEOS LATENTS --wan WAN     encode a folder of videos with Wan 2.1's VAE
+
+B videos, T frames, C channels, S sprites, L words, F pictures to fit, K colours.
 """
 
 import argparse
 import difflib
-import io
+import hashlib
+import itertools
+import json
 import math
 import os
 import re
 import sys
-import threading
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import av  # comes with imageio[pyav]
@@ -31,8 +29,8 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import VideoReformatter
 from einops import rearrange
+from PIL import Image  # comes with imageio
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -61,44 +59,28 @@ class Words:
         self.vocabulary = list(vocabulary)
         self.rows = rows
         self.text_dim = max(1, 2 * len(self.vocabulary))
-        self.embedded = {}  # captions recur in every epoch
 
     def __call__(self, prompt):
         """Embed a prompt: (L, text_dim), L at least `rows`.
 
-        Raises ValueError for a word outside the vocabulary.
+        Raises ValueError for a word outside the vocabulary, with the nearest ones in it.
         """
-        if prompt not in self.embedded:
-            if len(self.embedded) >= 4096:
-                self.embedded.clear()
-            self.embedded[prompt] = self.embed(split_words(prompt), prompt)
-        return self.embedded[prompt]
+        words = split_words(prompt)
+        for word in words:
+            if word not in self.vocabulary:
+                near = ", ".join(difflib.get_close_matches(word, self.vocabulary, 5, 0))
+                near = near or "none: it was trained without captions, and wants an empty prompt"
+                raise ValueError(
+                    f'unknown word "{word}"; the nearest that this model knows: {near}'
+                )
 
-    def embed(self, words, prompt):
-        """Embed the words of a prompt, without the cache of `__call__`."""
-        self.check(words, prompt)
+        place = [self.vocabulary.index(word) for word in words]
         c = torch.zeros(max(self.rows, len(words)), self.text_dim)
-        position = [self.vocabulary.index(word) for word in words]
-
-        for row, word in enumerate(position):
+        for row, word in enumerate(place):
             c[row, word] = 1
-        for row, successor in enumerate(position[1:]):
+        for row, successor in enumerate(place[1:]):
             c[row, len(self.vocabulary) + successor] = 1
         return c
-
-    def check(self, words, prompt):
-        """Raise ValueError for a word outside the vocabulary, with the nearest ones in it."""
-        unknown = [word for word in words if word not in self.vocabulary]
-        if not unknown:
-            return
-        near = ", ".join(difflib.get_close_matches(unknown[0], self.vocabulary, 5, 0))
-        advice = "this model was trained without captions, so the prompt must be empty"
-        if near:
-            advice = (
-                f"of the {len(self.vocabulary)} words of the training captions "
-                f"the nearest are: {near}"
-            )
-        raise ValueError(f'unknown word "{unknown[0]}" in the prompt "{prompt}"; {advice}')
 
     def text(self, prompts):
         """Embed prompts: c (B, L, text_dim), padded to the longest."""
@@ -128,8 +110,6 @@ WALL_HALF = 0.2  # half the width of the wall, in canvas sizes
 SPEED = (0.025, 0.06)  # slowest and fastest, in canvas sizes per frame
 TRIES = 16  # scenes drawn per clip; the one whose sprites overlap least is kept
 HORIZON = 48  # frames in which overlap is counted
-MAX_SIZE = 1024  # pixels a side
-MAX_VALUES = 10**9  # numbers in a clip
 
 
 def circle(x, y):
@@ -175,16 +155,12 @@ def coverage(at, shape, size, radius):
     return (0.5 - radius * distance).clamp(0, 1)
 
 
-def paint(at, shape, colour, size, wall=False, shown=None):
+def paint(at, shape, colour, size, wall=False):
     """Draw sprites, the first in front: (..., 3, size, size) in [-1, 1].
 
-    at (..., S, 2) in pixels; shape and colour (..., S) or (S,) indices; shown (..., S) in [0, 1] or
-    None: opacity of each sprite.
+    at (..., S, 2) in pixels; shape and colour (..., S) or (S,) indices.
     """
-    cover = coverage(at, shape, size, radius_of(size))
-    if shown is not None:
-        cover = cover * shown[..., None, None]
-    return compose(cover, colour, wall)
+    return compose(coverage(at, shape, size, radius_of(size)), colour, wall)
 
 
 def compose(cover, colour, wall):
@@ -228,8 +204,8 @@ def caption_text(colour, shape):
 class Sprites:
     """Coloured shapes that go straight, bounce off the edges and rarely overlap.
 
-    A clip is a function of (seed, split, index). "train" and "test" are separate streams. withheld:
-    share of clips without their caption. Raises ValueError for sizes and numbers out of range.
+    A clip is a function of (seed, split, index). "train" and "test" are separate streams. wall: one
+    that hides the sprites in the middle. withheld: share of clips without their caption.
     """
 
     channels = 3
@@ -242,13 +218,6 @@ class Sprites:
             raise ValueError(
                 f"{objects} sprites in a clip; 1 to {len(COLOURS)} work, each has its own colour"
             )
-        if size > MAX_SIZE:
-            raise ValueError(f"size {size}: the world of the sprites has at most {MAX_SIZE} pixels")
-        if frames * 3 * size**2 > MAX_VALUES:
-            raise ValueError(
-                f"{frames} frames of {size} x {size} pixels are {frames * 3 * size**2:.1e} numbers "
-                f"a clip; up to {MAX_VALUES:.0e} work, here {MAX_VALUES // (3 * size**2)} frames"
-            )
         self.size = size
         self.frames = frames
         self.objects = objects
@@ -257,7 +226,6 @@ class Sprites:
         self.key = (seed, ("train", "test").index(split))
         self.words = Words([*COLOURS, *SHAPES, "and"], 3 * objects - 1)
         self.text_dim = self.words.text_dim
-        self.rows = self.words.rows
 
     def scene(self, index, frames=None):
         """Ground truth of a clip: colour (S,), shape (S,), at (T, S, 2) in pixels.
@@ -314,215 +282,137 @@ class Sprites:
         return np.random.default_rng([*self.key, index, 1]).random() < self.withheld
 
     def __getitem__(self, index):
-        return self.__getitems__([index])[0]
+        colour, shape, at = self.scene(index)
+        video = paint(at, shape, colour, self.size, self.wall)
+        caption = "" if self.is_withheld(index) else caption_text(colour, shape)
+        return video, self.words(caption)
 
-    def __getitems__(self, indices):
-        """Paint several clips at once; torch's DataLoader asks for a batch in this way."""
-        colour, shape, at = (torch.stack(z) for z in zip(*map(self.scene, indices)))
-        videos = paint(at, shape[:, None], colour[:, None], self.size, self.wall)
 
-        captions = [
-            "" if self.is_withheld(index) else caption_text(colour[b], shape[b])
-            for b, index in enumerate(indices)
-        ]
-        return [(video, self.words(caption)) for video, caption in zip(videos, captions)]
+WORLDS = {  # of --data, and what makes them
+    "sprites": {},
+    "hidden": {"wall": True, "withheld": 1.0},
+}
 
 
 # Folders of videos and of latents.
 
 
-class Folder:
-    """Random clips of T frames from files; every file once in each epoch of len(files) indices.
+class Videos:
+    """Random clips from a folder of videos, or of latents if it holds .npy files.
 
-    A subclass calls `keep` with the lengths of its files and defines load(number, start), the item
-    of file `number` from frame `start` on.
+    Videos are decoded at first use, see `decode_once`; name.txt beside name.mp4 is its caption.
+    Latents: name.npy holds (T, C, height, width), and name.text.npy the text (L, text_dim), if
+    there is one. An item is then a slice of a file. Every file comes once in each epoch of
+    len(files) indices. Hidden folders and runs/ are not searched.
+
+    size: (height, width) of the pictures, or one number for a square. fps: frames per second; 0:
+    each video's own. A file that cannot be read, or is too short, is skipped with a warning. Raises
+    ValueError if none is left, or if latents differ in shape.
     """
+
+    def __init__(self, folder, size, frames, fps=0.0, seed=0):
+        self.frames = frames
+        self.seed = seed
+        self.bad = set()
+        paths = find_files(folder)
+        latents = [p for p in paths if p.suffix == ".npy" and not p.name.endswith(".text.npy")]
+        if latents:
+            self.open_latents(latents)
+        else:
+            self.open_videos(paths, size, fps)
+
+        long = [file for file in self.files if file["frames"] >= frames]
+        short = len(self.files) - len(long)
+        if not long:
+            longest = max((file["frames"] for file in self.files), default=0)
+            raise ValueError(
+                f"no clip in {folder} has {frames} frames: of {len(self.files)} that can be read "
+                f"the longest has {longest}"
+            )
+        if short:
+            warn(f"skipping {short} of {len(self.files)} clips, of fewer than {frames} frames")
+        self.files = long
+        self.fps = float(np.median([file["fps"] for file in long]))
+
+    def open_videos(self, paths, size, fps):
+        self.channels = 3
+        self.size = size
+        self.files = decode_once(paths, size, fps)
+        spoken = [split_words(file["caption"]) for file in self.files]
+        rows = max([1, *map(len, spoken)])
+        self.words = Words(sorted({word for words in spoken for word in words}), rows)
+        self.text_dim = self.words.text_dim
+
+    def open_latents(self, paths):
+        self.files, errors = [], []
+        for path in paths:
+            text = path.with_suffix(".text.npy")
+            try:
+                T, *shape = np.load(path, mmap_mode="r").shape
+                rows, width = np.load(text, mmap_mode="r").shape if text.exists() else (1, 1)
+            except (OSError, ValueError, EOFError) as error:
+                errors.append(f"{path} ({one_line(error)})")
+                continue
+            if not self.files:
+                self.channels, *self.size = shape
+                self.rows, self.text_dim = rows, width
+            if len(shape) != 3 or (*shape, width) != (self.channels, *self.size, self.text_dim):
+                raise ValueError(
+                    f"{path} holds {T, *shape} and a text of width {width}; wanted latents "
+                    "(T, C, height, width), in a folder all of one C, size and width"
+                )
+            # Wan's rate: a latent is four frames of 16 a second
+            self.files.append({"array": path, "frames": T, "fps": 4.0, "text": text})
+            self.rows = max(self.rows, rows)
+        warn_of_skipped(errors, len(paths))
+        self.words = None
 
     def __getitem__(self, index):
         epoch, place = divmod(index, len(self.files))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.files))
 
         # a file that turns out to be bad is replaced by the next
-        for number in map(int, np.roll(order, -place)):
-            if self.broken[number]:
+        for file in [self.files[number] for number in np.roll(order, -place)]:
+            if file["array"] in self.bad:
                 continue
             rng = np.random.default_rng([self.seed, epoch, place, 1])
-            start = int(rng.integers(self.lengths[number] - self.frames + 1))
+            start = int(rng.integers(file["frames"] - self.frames + 1))
             try:
-                return self.load(number, start)
-            except READ_ERRORS as error:
-                self.broken[number] = True
-                print(skipped(self.files[number], error), file=sys.stderr)
+                return self.load(file, start)
+            except (OSError, ValueError, EOFError) as error:
+                self.bad.add(file["array"])
+                warn(f"skipping {file['array']}: {one_line(error)}")
         raise ValueError("none of the files can be read any more")
 
-    def keep(self, folder, lengths, unreadable):
-        """Keep the files of {path: length} that are long enough. Raises ValueError if none is."""
-        self.files = [path for path, length in lengths.items() if length >= self.frames]
-        self.lengths = [lengths[path] for path in self.files]
-        self.broken = torch.zeros(len(self.files), dtype=torch.bool)
-        self.broken.share_memory_()  # among the loader's worker processes
-        if not self.files:
-            raise ValueError(
-                f"no clip in {folder} has {self.frames} frames: of {len(lengths)} the longest has "
-                f"{max(lengths.values(), default=0)}, and {unreadable} cannot be read"
-            )
+    def load(self, file, start):
+        """(video (T, C, height, width), c): T frames of a file from frame `start` on."""
+        # the map is not kept open: thousands of them would exceed the limit of open files
+        clip = np.load(file["array"], mmap_mode="r")[start : start + self.frames]
+        if self.words:
+            return to_float(clip), self.words(file["caption"])
 
-        short = len(lengths) - len(self.files)
-        if short:
-            warn(f"skipping {short} of {len(lengths)} clips, of fewer than {self.frames} frames")
-
-
-class Videos(Folder):
-    """Clips from a folder of videos, with an optional caption in name.txt beside name.mp4.
-
-    `workers` threads open each file once to list the folder. An item decodes only its own frames,
-    from the keyframe before them. Resized frames are cached, up to `memory` bytes a process:
-    small folders are decoded once; large ones are not cached.
-    A file that cannot be read is named once in a warning and skipped; clips too short are counted
-    and skipped. Raises ValueError if none is left.
-    """
-
-    channels = 3
-
-    def __init__(self, folder, size, frames, fps=0.0, stride=1, seed=0, workers=None, memory=2**30):
-        self.size = size
-        self.frames = frames
-        self.read_at = fps
-        self.stride = stride
-        self.seed = seed
-        self.memory = memory
-        self.kept = {}  # per file its pictures (length, height, width, 3) and which are known
-
-        files = list_files(folder, "videos")
-        found = read_headers(files, workers)  # {path: (header, caption)}
-        lengths = {path: header.length(fps, stride) for path, (header, _) in found.items()}
-        self.keep(folder, lengths, unreadable=len(files) - len(found))
-        self.headers = [found[path][0] for path in self.files]
-        self.captions = [found[path][1] for path in self.files]
-        self.fps = float(np.median([(fps or header.rate) / stride for header, _ in found.values()]))
-
-        spoken = [split_words(caption) for caption in self.captions]
-        self.words = Words(sorted(set(chain(*spoken))), max([1, *map(len, spoken)]))
-        self.text_dim = self.words.text_dim
-        self.rows = self.words.rows
-
-    def load(self, number, start):
-        """(video (T, 3, height, width), c): T frames of a file from frame `start` on.
-
-        Raises ValueError if they cannot be decoded.
-        """
-        c = self.words(self.captions[number])
-        if not self.has_room(number):
-            return to_float(self.decode(number, start)), c
-
-        pictures, known = self.kept[number]
-        clip = slice(start, start + self.frames)
-        if not known[clip].all():
-            pictures[clip] = self.decode(number, start)
-            known[clip] = True
-        return to_float(pictures[clip]), c
-
-    def has_room(self, number):
-        """Whether the frames of a file are cached; reserve their memory at the first call."""
-        if number not in self.kept:
-            shape = (self.lengths[number], *sides(self.size), 3)
-            used = sum(pictures.nbytes for pictures, _ in self.kept.values())
-            if used + math.prod(shape) > self.memory:
-                return False
-            self.kept[number] = np.empty(shape, np.uint8), np.zeros(shape[0], bool)
-        return True
-
-    def decode(self, number, start):
-        """Decode T frames of a file: (T, height, width, 3) uint8."""
-        path, header = self.files[number], self.headers[number]
-        reader = read_frames(path, self.size, self.read_at, self.stride, start, header)
-        pictures = list(islice(reader, self.frames))
-        if len(pictures) < self.frames:
-            raise ValueError(
-                f"only {start + len(pictures)} of its {self.lengths[number]} frames can be decoded"
-            )
-        return np.stack(pictures)
-
-
-class Latents(Folder):
-    """Clips from a folder of .npz files, each read when an item asks for it.
-
-    A file holds `latents` (T, C, height, width) and optionally `text` (L, text_dim). One that
-    cannot be read or contains NaN or inf is named once in a warning and skipped. Raises ValueError
-    if none is left, or if they differ in channels, size or text_dim.
-    """
-
-    words = None
-    fps = 4
-
-    def __init__(self, folder, frames, seed=0):
-        self.frames = frames
-        self.seed = seed
-
-        shapes = {}  # {path: (shape of latents, shape of text)}
-        errors = []
-        for path in list_files(folder, "latents"):
-            try:
-                shapes[path] = latent_shapes(path)
-            except ValueError as error:
-                errors.append(error)
-        if not shapes:
-            raise ValueError(f"no file of {folder} can be used: {errors[0]}")
-        for error in errors:
-            warn(f"skipped: {error}")
-
-        first = next(iter(shapes))
-        latents, text = shapes[first]
-        for path, (other, other_text) in shapes.items():
-            if other[1:] != latents[1:] or other_text[1] != text[1]:
-                raise ValueError(
-                    f"{path} holds latents {other} with text {other_text}, but {first} {latents} "
-                    f"with {text}; a folder needs the same channels, size and text width"
-                )
-
-        lengths = {path: latents[0] for path, (latents, _) in shapes.items()}
-        self.keep(folder, lengths, unreadable=len(errors))
-        self.channels = latents[1]
-        self.size = latents[2:]
-        self.text_dim = text[1]
-        self.rows = max(text[0] for _, text in shapes.values())
-
-    def load(self, number, start):
-        """(latents (T, C, height, width), c): T frames of a file from frame `start` on.
-
-        Raises ValueError if the file contains NaN or inf.
-        """
-        with np.load(self.files[number]) as file:
-            latents = np.float32(file["latents"])
-            text = np.float32(file["text"]) if "text" in file else np.zeros((1, 1), np.float32)
-        if not (np.isfinite(latents).all() and np.isfinite(text).all()):
+        text = np.load(file["text"]) if file["text"].exists() else np.zeros((1, self.text_dim))
+        video, text = (torch.from_numpy(np.array(z, np.float32)) for z in (clip, text))
+        if not (video.isfinite().all() and text.isfinite().all()):
             raise ValueError("it contains NaN or inf")
-
-        text = F.pad(torch.from_numpy(text), (0, 0, 0, self.rows - len(text)))
-        return torch.from_numpy(latents[start : start + self.frames]), text
+        return video, F.pad(text, (0, 0, 0, self.rows - len(text)))
 
 
 def open_data(args, split="train"):
-    """Open the dataset that `--data` names: "sprites", a folder of latents, or one of videos."""
-    if args.data == "sprites":
-        if isinstance(args.size, tuple):
-            height, width = args.size
-            raise ValueError(
-                f"--size {height}x{width}: sprites live in a square; one number would work"
-            )
-        return Sprites(
-            args.size, args.frames, args.seed, split, args.objects, args.wall, args.withheld
-        )
-    if holds_latents(args.data):
-        return Latents(args.data, args.frames, args.seed)
-    return Videos(args.data, args.size, args.frames, args.fps, args.stride, args.seed)
+    """Open the dataset that `--data` names: the sprites, a folder of videos, or one of latents."""
+    if args.data not in WORLDS:
+        return Videos(args.data, args.size, args.frames, args.fps, args.seed)
+    if isinstance(args.size, tuple):
+        height, width = args.size
+        raise ValueError(f"--size {height}x{width}: sprites live in a square; wanted one number")
+    return Sprites(args.size, args.frames, args.seed, split, args.objects, **WORLDS[args.data])
 
 
-# Metrics of the sprites. They invert `paint`: fit sprites to each frame, then follow them.
+# Metrics of the sprites: fit a sprite of each colour to each frame, then follow them.
 
-SEEN = 0.15  # a sprite counts as there if more of it than this is visible
-CLEAR = 0.5  # its position is trusted if more of it than this is visible
-SHAPE_CLEAR = 0.6  # its shape is judged only if at least this much is visible
+SEEN = 0.3  # a sprite is judged if more of it than this is visible
+K = len(COLOURS)
+ENERGY = (PALETTE - BACKGROUND).square().sum(-1)  # squared distance of a colour to the background
 
 
 def measure(video, captions, wall=False):
@@ -535,581 +425,372 @@ def measure(video, captions, wall=False):
     Text: share of the named sprites that are there and of those there that are named; half for the
     wrong shape; nan where no sprite is visible or predicted.
     """
-    B, T, _, size, _ = video.shape
-    named = [parse_caption(caption) for caption in captions]
-    S = max([1, *map(len, named)]) + 1  # one more than named, to find a sprite too many
+    T, size = video.shape[1], video.shape[-1]
+    named = torch.tensor([parse_caption(caption) for caption in captions])
+    S = max(1, int((named >= 0).sum(1).max()))
 
     frames = video.float().flatten(0, 1).cpu()
-    fits = [fit_sprites(part, S, wall) for part in frames.split(512)]
-    *sprites, error = (torch.cat(z).unflatten(0, (B, T)) for z in zip(*fits))
-    visual = 100 * (1 - error.sqrt()).clamp(min=0)
-
-    arrays = [z.numpy() for z in sprites]  # at, shape, colour, clear
-    judged = [judge(*fitted, wall, size) for fitted in zip(*arrays, named)]
-    judged = torch.tensor(np.array(judged), dtype=torch.float32)  # (B, T, 2)
-    return torch.cat([visual[..., None], judged], dim=-1)
+    fits = [fit_sprites(part, S + 1, wall) for part in frames.split(512)]  # to find one too many
+    sprites, error = (torch.cat(z).unflatten(0, (-1, T)) for z in zip(*fits))
+    visual = (1 - (error / S).sqrt()).clamp(min=0)
+    temporal, text = judge(sprites, named, size, wall)
+    return 100 * torch.stack([visual, temporal, text], dim=-1)
 
 
 def parse_caption(caption):
-    """The sprites that a caption names, as {colour: shape} by index."""
-    pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption.lower())
-    return {list(COLOURS).index(colour): list(SHAPES).index(shape) for colour, shape in pairs}
-
-
-def fit_sprites(picture, S, wall):
-    """Fit up to S sprites to each picture (F, 3, size, size): an approximate inverse of `paint`.
-
-    Greedy matching, then a descent on the positions for both orders of the two largest sprites.
-    Returns at (F, S, 2); shape and colour (F, S); clear (F, S): visible share of the sprite, 0 if
-    it is not there; error (F,): squared distance, 1 for an empty picture where S - 1 sprites are.
-    """
-    size = picture.shape[-1]
-    radius = radius_of(size)
-    at, shape, colour, there = match_sprites(picture, S, wall)
-    at, shape, error = descend(picture, at, shape, colour, there, wall)
-
-    # where two sprites overlap, the one in front may have been found second
-    swap = [1, 0, *range(2, S)]
-    close = (at[:, 0] - at[:, 1]).abs().amax(1) < 2.2 * radius
-    near = (there[:, :2].all(1) & close).nonzero()[:, 0]
-    at2, shape2, error2 = descend(
-        picture[near],
-        at[near][:, swap],
-        shape[near][:, swap],
-        colour[near][:, swap],
-        there[near][:, swap],
-        wall,
-    )
-
-    better = error2 < error[near]
-    near = near[better]
-    at[near] = at2[better]
-    shape[near] = shape2[better]
-    error[near] = error2[better]
-    colour[near] = colour[near][:, swap]
-    there[near] = there[near][:, swap]
-
-    clear = visible_share(at, shape, there, size, wall)
-    area = templates(size).square().sum((1, 2, 3)).mean()
-    full = colour_energy().mean() * area * (S - 1)
-    error = error / full
-    if not wall:  # without a wall an empty picture is never right
-        error = torch.where(there.any(1), error, error.clamp(min=1))
-    return at, shape, colour, clear, error
-
-
-def colour_energy():
-    """Squared distance of each colour to the background: (colours,)."""
-    return (PALETTE - BACKGROUND).square().sum(-1)
-
-
-def templates(size):
-    """Coverage of each shape in a small window around its centre: (shapes, 1, window, window)."""
-    radius = radius_of(size)
-    half = int(radius * 1.3) + 2
-    centre = torch.full((len(SHAPES), 2), half + 0.5)
-    return coverage(centre, torch.arange(len(SHAPES)), 2 * half + 1, radius)[:, None]
+    """For each colour the shape that a caption names with it, by index, or -1: a list of K."""
+    pairs = [[f"{colour} {shape}" in caption.lower() for shape in SHAPES] for colour in COLOURS]
+    return [pair.index(True) if any(pair) else -1 for pair in pairs]
 
 
 def match_sprites(picture, S, wall):
-    """Find up to S sprites in each picture (F, 3, size, size) greedily, the clearest first.
+    """Find the S best sprites in pictures (F, 3, size, size) to half a pixel, the clearest first.
 
-    Every colour, shape and pixel is a candidate; a colour is used once. Returns at (F, S, 2), shape
-    and colour (F, S), there (F, S) bool.
-    """
-    count, size = len(picture), picture.shape[-1]
-    radius = radius_of(size)
-    energy = colour_energy()
-    kernel = templates(size)
-    inside = (torch.arange(size) + 0.5 - size / 2).abs() <= size / 2 - radius + 0.5
-    inside = inside & inside[:, None]
-
-    # squared distance of each pixel to each colour, 1 for the background: (F, colours, size, size)
-    unlike = (picture[:, None] - PALETTE[..., None, None]).square().sum(2)
-    unlike = unlike / energy[:, None, None]
-
-    # share of each pixel that no sprite found so far and no wall hides: (F, 1, size, size)
-    free = ~wall_columns(size) if wall else torch.ones(size)
-    free = free.expand(count, 1, size, -1).float()
-    taken = torch.zeros(count, len(PALETTE), dtype=torch.bool)
-
-    found = []
-    for s in range(S):
-        # each pixel votes for a colour by 1, minus its distance to it
-        penalty = 3 if s == 0 else 2
-        votes = (free * (1 - penalty * unlike)).flatten(0, 1)[:, None]
-        votes = F.conv2d(votes, kernel, padding="same").unflatten(0, unlike.shape[:2])
-        votes = votes * energy[:, None, None, None]  # (F, colours, shapes, size, size)
-        votes = votes.masked_fill(~inside | taken[..., None, None, None], -torch.inf)
-
-        best = votes.flatten(1).argmax(1)
-        colour, shape, row, column = torch.unravel_index(best, votes.shape[1:])
-        at = torch.stack([column, row], -1) + 0.5
-
-        # it is there if its score exceeds a quarter of its visible area
-        alpha = coverage(at, shape, size, radius)[:, None]
-        seen = (alpha * free).sum((1, 2, 3))
-        score = votes.flatten(1).gather(1, best[:, None])[:, 0] / energy[colour]
-        there = (score > 0.25 * seen) & (seen > 0.05 * alpha.sum((1, 2, 3)))
-
-        found.append((at, shape, colour, there))
-        taken[torch.arange(count), colour] = True
-        free = free * (1 - alpha * there[:, None, None, None])
-    return [torch.stack(z, 1) for z in zip(*found)]
-
-
-def descend(picture, at, shape, colour, there, wall):
-    """Move each sprite to the best of its neighbour positions, by ever smaller steps.
-
-    The first step tries every shape too. Returns new (at, shape) and the squared error (F,).
+    Each has another colour. Returns at (F, S, 2), shape and colour (F, S).
     """
     size = picture.shape[-1]
     radius = radius_of(size)
-    moves = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))  # (9, 2)
-    every = torch.arange(len(at))
-    at, shape = at.clone(), shape.clone()
 
-    for step in (0.5, 0.25, 0.125, 0.0625, 0.03125):
-        turns = len(SHAPES) if step == 0.5 else 1
-        for s in there.any(0).nonzero()[:, 0].tolist():
-            # candidates (F, turns · 9, ...), which differ in sprite s alone
-            tried_at = at[:, None, s] + step * moves.repeat(turns, 1)
-            turn = torch.arange(turns).repeat_interleave(len(moves))
-            tried_shape = (shape[:, None, s] + turn) % len(SHAPES)
-
-            first, second = error_of_cover(picture, at, shape, colour, there, s, wall)
-            cover = coverage(tried_at, tried_shape, size, radius)
-            error = (cover * (first[:, None] + cover * second[:, None])).sum((2, 3))
-            best = error.argmin(1)
-            at[:, s] = tried_at[every, best]
-            shape[:, s] = tried_shape[every, best]
-
-    drawn = paint(at, shape, colour, size, wall, there.float())
-    return at, shape, (drawn - picture).square().sum((1, 2, 3))
-
-
-def error_of_cover(picture, at, shape, colour, there, s, wall):
-    """How the squared error of a pixel depends on how much of it sprite s covers, alpha.
-
-    Returns (first, second), each (F, size, size): the error is a constant + first · alpha
-    + second · alpha^2, as the drawn colour is linear in alpha. Both are 0 where s is not there.
-    """
-    cover = coverage(at, shape, picture.shape[-1], radius_of(picture.shape[-1]))
-    cover = cover * there[..., None, None]
-    cover[:, s] = 0
-    without = compose(cover, colour, wall)
-    cover[:, s] = 1
-    change = compose(cover, colour, wall) - without
-
-    change = change * there[:, s, None, None, None]
-    first = 2 * ((without - picture) * change).sum(1)
-    return first, change.square().sum(1)
-
-
-def visible_share(at, shape, there, size, wall):
-    """Share of each sprite that neither the wall nor the sprites in front hide: (F, S).
-
-    0 for those that are not there.
-    """
-    cover = coverage(at, shape, size, radius_of(size)) * there[..., None, None]
-    left = (1 - cover).cumprod(1)  # behind sprite s
-    free = torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], dim=1)
+    # a pixel votes for the colour it is nearest to, and against all if it is background
+    colours = torch.cat([PALETTE, BACKGROUND[None], WALL[None]])
+    distance = (picture[:, None] - colours[..., None, None]).square().sum(2)
+    nearest = distance.argmin(1, keepdim=True)
+    votes = (distance[:, [K]] - distance[:, :K]) / ENERGY[:, None, None]
+    counts = (nearest == K) | (nearest == torch.arange(K)[:, None, None])
+    votes = votes.clamp(-1, 1) * counts  # (F, K, size, size)
     if wall:
-        free = free * ~wall_columns(size)
-    return (cover * free).sum((2, 3)) / cover.sum((2, 3)).clamp(min=1e-6)
+        votes = votes * ~wall_columns(size)
+
+    # try each shape at four places in a pixel; most votes + soft is the least squared error
+    offset = torch.tensor([[0.01, 0.01], [0.01, 0.51], [0.51, 0.01], [0.51, 0.51]])
+    half = int(1.3 * radius) + 1
+    centre = (half + 0.5 + offset)[:, None].expand(-1, len(SHAPES), -1)
+    kernel = coverage(centre, torch.arange(len(SHAPES)), 2 * half + 1, radius).flatten(0, 1)
+    soft = (kernel - kernel.square()).sum((1, 2))
+    score = F.conv2d(votes.flatten(0, 1)[:, None], kernel[:, None], soft, padding=half)
+    score, best = score.unflatten(0, (-1, K)).flatten(2).max(2)  # (F, K)
+    which, row, column = torch.unravel_index(best, (len(kernel), size, size))
+    at = torch.stack([column, row], -1) + 0.5 + offset[which // len(SHAPES)]
+
+    visible = (score - soft[which]) / kernel.sum((1, 2))[which]
+    colour = visible.topk(min(S, K)).indices
+    at = at.take_along_dim(colour[..., None], 1).clamp(radius, size - radius)
+    return at, which.gather(1, colour) % len(SHAPES), colour
 
 
-def judge(at, shape, colour, clear, named, wall, size):
-    """Temporal and Text of one video, T pairs, from its fitted sprites.
+@torch.inference_mode(False)  # Newton's method needs a gradient, wherever it is called
+@torch.enable_grad()
+def fit_sprites(picture, S, wall):
+    """Fit up to S sprites of different colours to pictures (F, 3, size, size).
 
-    at (T, S, 2), shape, colour and clear (T, S); named {colour: shape}.
+    Returns for each colour x, y, shape and visible share, 0 if it is not there, (F, K, 4); and the
+    squared error (F,), 1 for an average sprite that is overlooked.
     """
-    scores = []
-    tracks = {}  # per colour its last two detections, (frame, position) each
-    for t in range(len(at)):
-        # sprites in this frame, {colour: s}; of two of one colour the front one
-        there = {int(colour[t, s]): s for s in reversed(range(len(at[t]))) if clear[t, s] > SEEN}
-        sharp = {c: s for c, s in there.items() if clear[t, s] > CLEAR}
-        predicted = {c: forecast(track, t, size, wall) for c, track in tracks.items()}
-        visible = at[t, list(there.values())]
-
-        hidden = set()
-        for c in named:
-            if c in predicted and c not in there:
-                if may_be_hidden(predicted[c], visible, size, wall):
-                    hidden.add(c)
-        missing = len(set(named) - hidden - set(there))
-
-        temporal = judge_temporal(at[t], sharp, predicted, missing if t > 1 else 0, size)
-        text = np.nan
-        if there or missing:
-            text = judge_text(shape[t], clear[t], there, named, hidden)
-        scores.append((100 * temporal, 100 * text))
-
-        for c, s in sharp.items():
-            tracks[c] = (*tracks.get(c, ())[-1:], (t, at[t, s]))
-    return scores
-
-
-def judge_temporal(at, sharp, predicted, missing, size):
-    """Mean straightness of the clear sprites {colour: s}, and 0 for each missing one; maybe nan."""
-    straight = [
-        straightness(at[s], *predicted[c], size) for c, s in sharp.items() if c in predicted
-    ]
-    straight += [0.0] * missing
-    return torch.tensor(straight, dtype=torch.float64).nanmean().item()
-
-
-def judge_text(shape, clear, there, named, hidden):
-    """Share of the named sprites that are detected, and of those detected that are named."""
-    right = 0.0
-    for c, named_shape in named.items():
-        if c in there:
-            s = there[c]
-            is_right = shape[s] == named_shape or clear[s] < SHAPE_CLEAR
-            right += 1.0 if is_right else 0.5
-    return right / max(1, len(named) - len(hidden), len(there))
-
-
-def forecast(track, t, size, wall):
-    """Predict position and velocity at frame t from two detections: (3, 2) each, per axis.
-
-    Three cases: it went straight, or just bounced off the low or the high edge. inf where no valid
-    sprite is that fast; nan without two detections in a row.
-    """
-    if len(track) < 2 or track[1][0] - track[0][0] != 1:
-        return np.full((2, 3, 2), np.nan)
-    (_, p0), (t1, p1) = track
-    low = radius_of(size)
-    high = size - low
-
-    # a bounce mirrors the earlier position at the edge
-    velocity = np.stack([p1 - p0, p1 + p0 - 2 * low, p1 + p0 - 2 * high])
-    at = reflect(p1 + velocity * (t - t1), low, high)
-    return np.where(np.abs(velocity) > 1.2 * SPEED[1] * size, np.inf, at), velocity
-
-
-def straightness(at, predicted, velocity, size):
-    """1 for a sprite at its predicted position and at a valid speed, 0 far off; nan without one."""
-    off = np.abs(at - predicted)
-    best = off.argmin(0)
-    speed = np.linalg.norm(velocity[best, [0, 1]])
-
-    wrong_place = np.linalg.norm(off.min(0)) / (0.06 * size)
-    wrong_speed = max(0, SPEED[0] * size - speed, speed - SPEED[1] * size) / (0.02 * size)
-    return np.exp(-(wrong_place**2) - wrong_speed**2)
-
-
-def may_be_hidden(predicted, visible, size, wall):
-    """Whether the wall or a visible sprite may hide one at its predicted position.
-
-    predicted: a `forecast`, whose straight case counts; visible (n, 2). False where it is nan.
-    """
-    at = predicted[0][0]
+    size = picture.shape[-1]
     radius = radius_of(size)
-    if wall and abs(at[0] - size / 2) < WALL_HALF * size + 0.3 * radius:
-        return True
-    return bool((np.linalg.norm(visible - at, axis=-1) < 0.7 * radius).any())
+    at, shape, colour = match_sprites(picture, S, wall)
+
+    # a sprite is there if its pixels are nearer to its colour than half-way to the background
+    cover = coverage(at, shape, size, radius)
+    behind = (1 - cover[:, :-1]).cumprod(1)  # what those in front leave free
+    visible = cover * F.pad(behind, (0, 0, 0, 0, 1, 0), value=1.0)
+    if wall:
+        visible = visible * ~wall_columns(size)
+    unlike = (picture[:, None] - PALETTE[colour][..., None, None]).square().sum(2)
+    there = (visible * unlike).sum((2, 3)) < 0.25 * ENERGY[colour] * visible.sum((2, 3))
+    share = there * visible.sum((2, 3)) / cover.sum((2, 3))
+
+    # Newton's method, with the curvature of a sprite that nothing hides
+    curvature = 2 * torch.pi * radius * ENERGY[colour][..., None]
+    for _ in range(7):
+        at.requires_grad_()
+        cover = coverage(at, shape, size, radius) * there[..., None, None]
+        error = (compose(cover, colour, wall) - picture).square().sum((1, 2, 3))
+        (slope,) = torch.autograd.grad(error.sum(), at)
+        at = (at - slope.nan_to_num() / curvature).clamp(radius, size - radius).detach()
+
+    error = error.detach() / (ENERGY.mean() * 2.8 * radius**2)  # a sprite covers 2.8 radius^2
+    if not wall:  # without a wall an empty picture is never right
+        error = error.where(there.any(1), error.clamp(min=S - 1))
+    fitted = torch.stack([*at.unbind(2), shape, share], 2)
+    by_colour = torch.zeros(len(picture), K, 4)
+    return by_colour.scatter(1, colour[..., None].expand(-1, -1, 4), fitted), error
 
 
-# ---- machinery: reading and writing files, listing folders, Wan's VAE and text, encode ----
+def judge(sprites, named, size, wall):
+    """Temporal and Text, each (B, T) in [0, 1], from sprites (B, T, K, 4), see `fit_sprites`.
 
-READ_ERRORS = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-MAX_SIDE = 8192  # pixels
-
-
-def read_video(path, size, fps=0.0, stride=1, frames=None):
-    """Read the first `frames` frames of a file, or all: (T, 3, height, width) in [-1, 1].
-
-    The other arguments are those of `read_frames`. Raises ValueError if nothing can be read.
+    named (B, K): see `parse_caption`.
     """
-    return to_float(np.stack(list(islice(read_frames(path, size, fps, stride), frames))))
+    low, high = radius_of(size), size - radius_of(size)
+    asked = named >= 0
+    before = last = torch.full_like(sprites[:, 0, :, :2], torch.nan)  # two positions in a row
+    gap = torch.ones_like(named)  # frames since the last one
+
+    scores = []
+    for t, frame in enumerate(sprites.unbind(1)):
+        at, shape, seen = frame[..., :2], frame[..., 2], frame[..., 3] > SEEN
+
+        # each axis: it went straight, or had just bounced off the low or the high edge
+        velocity = last - torch.stack([before, 2 * low - before, 2 * high - before])
+        ahead = last + velocity * gap[..., None]
+        predicted = torch.from_numpy(reflect(ahead.numpy(), low, high))
+        off = (at - predicted).abs()
+        off = off.masked_fill(velocity.abs() > 1.2 * SPEED[1] * size, torch.inf)
+        best = off.argmin(0, keepdim=True)
+        distance = off.gather(0, best)[0].norm(dim=-1) / size
+        speed = velocity.gather(0, best)[0].norm(dim=-1) / size
+        wrong_speed = speed - speed.clamp(*SPEED)
+        straight = torch.exp(-((distance / 0.06) ** 2) - (wrong_speed / 0.02) ** 2)
+
+        # the wall or a visible sprite may hide one at its predicted position
+        others = at.masked_fill(~seen[..., None], torch.inf)
+        hidden = torch.cdist(predicted[0], others).amin(2) < 0.7 * low
+        if wall:
+            hidden |= (predicted[0, ..., 0] - size / 2).abs() < WALL_HALF * size + 0.3 * low
+        missing = asked & ~seen & ~hidden
+
+        temporal = straight.masked_fill(~seen, torch.nan).masked_fill(missing & (t > 1), 0)
+        right = (asked & seen) * (1 + (shape == named)) / 2
+        wanted = torch.maximum((asked & (seen | ~hidden)).sum(1), seen.sum(1))
+        scores.append(torch.stack([temporal.nanmean(1), right.sum(1) / wanted]))
+
+        in_a_row = last.masked_fill(gap[..., None] > 1, torch.nan)
+        before = torch.where(seen[..., None], in_a_row, before)
+        last = torch.where(seen[..., None], at, last)
+        gap = torch.where(seen, 1, gap + 1)
+    return torch.stack(scores, dim=2)
 
 
-def read_frames(path, size, fps=0.0, stride=1, start=0, header=None):
-    """Decode a file lazily: frames (height, width, 3) uint8, scaled to cover `size` and cropped.
+# ---- machinery: decode once, write, Wan's VAE and text, the command line ----
 
-    size: (height, width), or one number for a square. fps: resample to this rate, 0 keeps the
-    file's own. stride: keep every stride-th frame. start: number of output frames to skip;
-    by seeking if the file's `header` is given.
-    Raises ValueError if nothing can be read. What comes before a damaged part is returned.
+CACHE = Path("runs/cache")
+NO_VIDEO = (".txt", ".npy", ".npz", ".json", ".md")
+
+
+def find_files(folder):
+    """Sorted paths of a folder's files, subfolders included, hidden ones and runs/ left out.
+
+    Raises ValueError if there are none, or if it is no folder.
     """
-    wanted = start * stride
-    shown = None
-    error = ValueError(f"it has no frame {wanted}" if wanted else "it has no frames")
-    try:
-        with open_video(path) as container:
-            for number, frame in numbered_frames(container, fps, wanted, header):
-                # the frame before is shown until the time of this one
-                while shown is not None and wanted < number:
-                    error = None
-                    yield resize(shown, size)
-                    wanted += stride
-                shown = frame
-    except (av.FFmpegError, ValueError) as failure:
-        if error is not None:  # nothing was read so far
-            error = failure
-    if error is not None:
-        raise unreadable(path, error)
-
-
-def open_video(path):
-    """Open a file to decode its first video stream. Raises ValueError if it has none to decode."""
-    container = av.open(str(path), metadata_errors="replace")
-    try:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        if container.format.name.endswith("_pipe") or container.format.name == "image2":
-            raise ValueError("it is a still picture, not a video")
-        stream = container.streams.video[0]
-        if not stream.guessed_rate:
-            raise ValueError("it has no frame rate")
-
-        # a loader has a process per core already; and threads would not survive its fork
-        stream.codec_context.thread_count = 1
-    except ValueError:
-        container.close()
-        raise
-    return container
-
-
-def numbered_frames(container, fps, wanted, header):
-    """Decode (number, frame) pairs; with a header, from the keyframe before number `wanted` on.
-
-    Numbers count from the first frame of the file: at `fps` frames per second, or its own frames if
-    fps is 0. The last pair is (the number at which the last frame ends, None).
-    """
-    stream = container.streams.video[0]
-    first = None
-    packets = container.demux(stream)
-    seek = wanted > 0 and header is not None and header.seekable
-    if seek:
-        if needs_first_packet(stream.codec_context):
-            next(packets).decode()
-        first = header.first
-        packets = packets_before(container, header.latest_pts(wanted, fps))
-
-    duration = 1 / (stream.guessed_rate * stream.time_base)  # of a frame, in units of pts
-    rate = frames_per_pts(fps, stream.time_base)
-    frames = (frame for packet in packets for frame in packet.decode())
-    end = 0
-    for count, frame in enumerate(frames):
-        pts = frame.pts if has_times(container, frame) else count * duration
-        first = pts if first is None else first
-        if fps:
-            # rounded one by one, as ffmpeg's filter "fps" does
-            origin = number_at(first, rate)
-            number = number_at(pts, rate) - origin
-            end = number_at(pts + (frame.duration or duration), rate) - origin
-        else:
-            number = header.number(pts) if seek else count
-            end = number + 1
-        yield number, frame
-    yield end, None
-
-
-def needs_first_packet(decoder):
-    """Whether frames after a seek are right only if the decoder has read the file's first packet.
-
-    It alone says which x264 wrote a file. ffmpeg decodes H.264 of full chroma in another way if the
-    build was below 151, and wrongly, in grey and green, if it does not know.
-    """
-    return decoder.name == "h264" and (decoder.pix_fmt or "").startswith(
-        ("yuv444", "yuvj444", "gbr")
-    )
-
-
-def has_times(container, frame):
-    """Whether the pts of a frame can be trusted: raw streams have none, AVI that of decoding."""
-    return frame.pts is not None and container.format.name != "avi"
-
-
-def packets_before(container, pts):
-    """Demux from the last keyframe on that is shown at `pts` or before.
-
-    Raises ValueError if there is none.
-    """
-    stream = container.streams.video[0]
-    at = pts
-    while True:
-        container.seek(at, stream=stream)
-        packets = container.demux(stream)
-        packet = next(packets)
-        if packet.is_keyframe and packet.pts is not None and packet.pts <= pts:
-            return chain([packet], packets)
-        if packet.dts is None or packet.dts > at:
-            raise ValueError("it has no keyframe where it should begin")
-
-        # too late: files are sorted by the time of decoding, and some formats seek to any frame
-        at = packet.dts - 1
-
-
-def number_at(pts, rate):
-    """Number of the frame nearest to `pts`, at `rate` frames per unit of pts; half rounds up."""
-    return (2 * pts * rate.numerator + rate.denominator) // (2 * rate.denominator)
-
-
-def frames_per_pts(fps, time_base):
-    """Frames per second to frames per unit of pts, as a Fraction."""
-    return Fraction(fps).limit_denominator(10_000) * time_base
-
-
-@dataclass
-class Header:
-    """Properties of a video file, enough to find its frames without decoding the others."""
-
-    frames: int
-    seconds: Fraction
-    rate: Fraction  # frames per second
-    time_base: Fraction  # seconds per unit of pts, the time at which a frame is shown
-    first: int | None  # pts of the first frame; None if frames have no reliable pts
-    times: np.ndarray | None  # sorted pts of all frames; None: frame n is shown at n / rate
-    seekable: bool  # whether frames can be found by their pts
-
-    @cached_property
-    def per_pts(self):
-        """Frames per unit of pts."""
-        return self.rate * self.time_base
-
-    def length(self, fps, stride):
-        """Number of frames that `read_frames` returns."""
-        frames = self.frames
-        if fps:
-            rate = frames_per_pts(fps, self.time_base)
-            first = self.first or 0
-            end = first + self.seconds / self.time_base
-            frames = number_at(end, rate) - number_at(first, rate)
-        return -(-frames // stride)
-
-    def number(self, pts):
-        """Number of the frame that is shown at `pts`, in the file's own frames."""
-        if self.times is not None:
-            return int(np.searchsorted(self.times, pts))
-        return number_at(pts - self.first, self.per_pts)
-
-    def latest_pts(self, number, fps):
-        """The latest pts that has this number, as `numbered_frames` counts."""
-        if self.times is not None and not fps:
-            return int(self.times[number])
-        end = number + Fraction(1, 2)
-        if not fps:
-            return self.first + math.ceil(end / self.per_pts) - 1
-        rate = frames_per_pts(fps, self.time_base)
-        return math.ceil((number_at(self.first, rate) + end) / rate) - 1
-
-
-def read_header(path):
-    """Read a file's `Header` and decode its first frame. Raises ValueError or av.FFmpegError.
-
-    Where the header gives no number of frames or no constant rate, all packets are read too, but
-    not decoded.
-    """
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        rate, unit = stream.guessed_rate, stream.time_base
-        first = None
-        times = []
-        for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
-                times.append((packet.pts, packet.duration or 0))
-            if first is None:
-                first = next(iter(packet.decode()), None)
-            if first is not None and has_constant_rate(stream):
-                seconds = stream.duration * unit
-                seekable = has_times(container, first) and first.pts == stream.start_time
-                start = first.pts if seekable else None
-                return Header(stream.frames, seconds, rate, unit, start, None, seekable)
-        if first is None:
-            raise ValueError("it has no frames")
-        if not has_times(container, first) or any(pts is None for pts, _ in times):
-            return Header(len(times), len(times) / rate, rate, unit, None, None, False)
-
-    times.sort()
-    seconds = (sum(times[-1]) - times[0][0]) * unit
-    pts = np.array([pts for pts, _ in times])
-    return Header(len(times), seconds, rate, unit, first.pts, pts, bool(first.pts == pts[0]))
-
-
-def has_constant_rate(stream):
-    """Whether the header gives the number of frames, and they are evenly spaced."""
-    if not (stream.frames and stream.duration and stream.average_rate == stream.base_rate):
-        return False
-    return stream.frames == number_at(stream.duration, stream.average_rate * stream.time_base)
-
-
-def read_headers(files, workers=None):
-    """Read headers and captions in threads: {path: (Header, caption)} of the readable files.
-
-    The others are named in a warning.
-    """
-
-    def look(path):
-        try:
-            header = read_header(path)
-        except (av.FFmpegError, ValueError, OSError) as error:
-            return unreadable(path, error)
-        try:
-            return header, read_caption(path)
-        except (ValueError, OSError) as error:
-            return error
-
-    found = {}
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        results = tqdm(
-            pool.map(look, files), "reading headers", len(files), leave=False, disable=None
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder; wanted one of videos or of latents, or for train.py "
+            f"one of {', '.join(WORLDS)}"
         )
-        for path, result in zip(files, results):
-            if isinstance(result, Exception):
-                warn(skipped(path, result))
-            else:
-                found[path] = result
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part[0] == "." or part == "runs" for part in parts):
+            found.append(path)
+    if not found:
+        raise ValueError(f"{folder} holds no files")
     return found
 
 
-def unreadable(path, error):
-    """A ValueError that says why a file cannot be read as a video."""
-    reason = getattr(error, "strerror", None) or one_line(error)
-    return ValueError(
-        f"{path} cannot be read as a video ({reason}); what ffmpeg reads would work: "
-        "mp4, gif, avi, webm"
-    )
+def decode_once(paths, size, fps, cache=CACHE):
+    """Decode videos to .npy files of uint8 (T, height, width, 3), all but those decoded before.
+
+    They are named by what decides their content: path, size, rate, and the video's bytes and time.
+    Returns [{"array": path, "frames": T, "fps": frames per second, "caption": text}]. Files that
+    cannot be read are left out, with one warning for all.
+    """
+    arrays = {}  # {path of a video: path of its frames}
+    for path in paths:
+        if path.suffix.lower() not in NO_VIDEO:
+            arrays[path] = cache / f"{decoded_name(path, size, fps)}.npy"
+
+    new = [path for path, array in arrays.items() if not array.with_suffix(".json").exists()]
+    if new:
+        cache.mkdir(parents=True, exist_ok=True)
+        values = 3 * math.prod(sides(size)) * sum(expected_frames(path, fps) for path in new)
+        print(f"decoding {len(new)} files to {cache}, about {values / 1e9:.2g} GB")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = pool.map(lambda path: decode_to(arrays[path], path, size, fps), new)
+            list(tqdm(results, "decoding", len(new), leave=False, disable=None))
+
+    files, errors = [], []
+    for path, array in arrays.items():
+        properties = json.loads(array.with_suffix(".json").read_text())
+        if "error" in properties:
+            errors.append(f"{path} ({properties['error']})")
+        else:
+            files.append({"array": array, "caption": read_caption(path)} | properties)
+    warn_of_skipped(errors, len(arrays))
+    return files
 
 
-def resize(frame, size):
-    """Scale a decoded frame to cover `size`, crop it, convert to RGB: (height, width, 3) uint8."""
-    colours = frame.format.name, frame.colorspace, frame.color_range
-    graph = resize_graph(frame.width, frame.height, colours, *sides(size), threading.get_ident())
-    graph.push(frame)
-    return graph.pull().to_ndarray()
+def warn_of_skipped(errors, count):
+    """Warn in one line of those of `count` files that cannot be read, each "path (reason)"."""
+    if errors:
+        more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
+        warn(f"skipping {len(errors)} of {count} files: {', '.join(errors[:3])}{more}")
 
 
-@lru_cache(maxsize=16)  # to build one takes longer than to resize a small clip
-def resize_graph(frame_width, frame_height, colours, height, width, thread):
-    """Build the filter of `resize` for frames of this kind, used by this thread alone."""
+def decoded_name(path, size, fps):
+    """A name for what a file is decoded to; another file, size or rate gives another one."""
+    state = path.stat()
+    key = f"{path.resolve()} {sides(size)} {fps:g} {state.st_size} {state.st_mtime_ns}"
+    return hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
+
+
+def expected_frames(path, fps):
+    """How many frames a file will have, by its header; 0 if it cannot be read."""
+    try:
+        with open_video(path) as container:
+            return (container.duration or 0) / av.time_base * (fps or own_rate(path))
+    except ValueError:
+        return 0
+
+
+def decode_to(array, path, size, fps):
+    """Decode a video to a file; a .json beside it says what it holds, or why it cannot be read."""
+    try:
+        fps = fps or own_rate(path)
+        pixels = bytearray()  # grows without a second copy
+        for picture in read_frames(path, size, fps):
+            pixels += picture.tobytes()
+        pictures = np.frombuffer(pixels, np.uint8).reshape(-1, *sides(size), 3)
+        save_array(array, pictures)
+        properties = {"frames": len(pictures), "fps": float(fps)}
+    except (ValueError, av.FFmpegError) as error:
+        properties = {"error": one_line(error)}
+    with replacing(array.with_suffix(".json")) as part:  # last: it says that the frames are there
+        part.write_text(json.dumps(properties))
+
+
+def read_video(path, size, fps=0.0, frames=None):
+    """Read a video or a picture as it is shown: (T, 3, height, width) float32 in [-1, 1].
+
+    size: (height, width), or one number for a square. fps: frames per second, 0 for its own.
+    frames: the first ones only. Raises ValueError if nothing can be read.
+    """
+    return to_float(np.stack(list(islice(read_frames(path, size, fps), frames))))
+
+
+def read_frames(path, size, fps=0.0):
+    """Yield a file's frames (height, width, 3) uint8 at a constant rate, as a player shows them.
+
+    A frame is turned as the file says, scaled to cover `size` and cropped to its centre, over
+    black where it is transparent. Raises ValueError if nothing can be read; what comes before a
+    damaged part is returned.
+    """
+    fps = fps or own_rate(path)
+    with open_video(path) as container:
+        stream = container.streams.best("video")
+        frames = container.decode(stream)
+        graph = None
+        for count in itertools.count():
+            error = "it has no frames"
+            try:
+                frame = next(frames, None)  # None ends the stream, and damage does
+            except av.FFmpegError as damage:
+                frame, error = None, damage.strerror
+            if graph is None and frame is None:
+                raise ValueError(f"ffmpeg cannot read it: {error}")
+
+            if frame is not None and frame.pts is None:  # a raw stream has no times
+                frame.pts = round(count / (stream.guessed_rate * stream.time_base))
+            if graph is None:
+                graph, turn = player(stream, frame, sides(size), fps)
+                start = frame.pts
+            if frame is not None:
+                frame.pts -= start
+            graph.push(frame)
+            for picture in pulled(graph):
+                yield np.ascontiguousarray(turn(picture))
+            if frame is None:
+                return
+
+
+def open_video(path):
+    """Open a file that has pictures. Raises ValueError for others."""
+    try:
+        container = av.open(f"file:{path}", metadata_errors="replace")
+    except (OSError, av.FFmpegError) as error:
+        raise ValueError(f"ffmpeg cannot read it: {error.strerror}") from None
+    stream = container.streams.best("video")
+    if stream is None or not stream.guessed_rate:
+        container.close()
+        raise ValueError("it has no video")
+    stream.codec_context.thread_count = 1  # decode_once has a thread for each core
+    return container
+
+
+def own_rate(path):
+    """The frames per second of a file, a Fraction: what ffmpeg guesses, or else the median step's.
+
+    ffmpeg guesses the rate of uneven frames by their shortest step, which may be ten times as high.
+    A GIF whose equal frames are merged has long steps, and is guessed right.
+    """
+    with open_video(path) as container:
+        stream = container.streams.best("video")
+        packets = islice(container.demux(stream), 200)
+        times = sorted(packet.pts for packet in packets if packet.pts is not None)
+        guessed, unit = stream.guessed_rate, stream.time_base
+    step = int(np.median(np.diff(times))) if len(times) > 1 else 0
+    usual = 1 / (step * unit) if step else guessed
+    return guessed if usual / 1.1 < guessed < usual * 1.6 else usual
+
+
+def player(stream, frame, size, fps):
+    """What shows a stream's frames: ffmpeg's filters, and then a function that turns pictures."""
+    quarters = round(frame.rotation / 90)
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX") or bytes(36)
+        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32) / 2**16
+        mirrored = a * d < b * c
+    except ValueError:  # PyAV does not know all that a photo says
+        mirrored = Image.open(stream.container.name[5:]).getexif().get(274) in (2, 4, 5, 7)
+    step = -1 if mirrored else 1
+    height, width = reversed(size) if quarters % 2 else size
+
+    # scale to cover height x width; pixels need not be squares
+    shown = frame.width * (stream.sample_aspect_ratio or 1)
+    scale = max(height / frame.height, width / shown)
+    scaled = f"{math.ceil(scale * shown - 1e-6)}:{math.ceil(scale * frame.height - 1e-6)}"
+    rate = Fraction(fps).limit_denominator(1001)
+    filters = [
+        ("fps", f"{rate}"),
+        ("scale", f"{scaled}:flags=bilinear"),
+        ("format", "rgb24"),
+    ]
+    filters += [("crop", f"{width}:{height}"), ("buffersink", None)]
+    transparent = any(component.is_alpha for component in frame.format.components)
+    if transparent or frame.format.name == "pal8":
+        filters.insert(1, ("premultiply", "inplace=1"))
+
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add_buffer(
-        width=frame_width, height=frame_height, format=colours[0], time_base=Fraction(1)
+        width=frame.width,
+        height=frame.height,
+        format=frame.format.name,
+        time_base=stream.time_base,
     )
-    scale = graph.add(
-        "scale", f"{width}:{height}:force_original_aspect_ratio=increase:flags=bilinear"
-    )
-    rgb = graph.add("format", "rgb24")  # makes scale convert, too, in one pass
-    crop = graph.add("crop", f"{width}:{height}")
-    sink = graph.add("buffersink")
-    graph.link_nodes(source, scale, rgb, crop, sink)
+    graph.link_nodes(source, *(graph.add(name, options) for name, options in filters))
     graph.configure()
-    return graph
+    return graph, lambda picture: np.rot90(picture[::step], quarters)
+
+
+def pulled(graph):
+    """The pictures (height, width, 3) that a graph has ready."""
+    while True:
+        try:
+            yield graph.pull().to_ndarray()
+        except (av.BlockingIOError, av.EOFError):
+            return
 
 
 def sides(size):
     """(height, width) of a size, which is that already or one number for a square."""
-    return size if isinstance(size, tuple) else (size, size)
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 
 def to_float(clip):
     """(T, height, width, 3) uint8 -> (T, 3, height, width) in [-1, 1]."""
-    clip = rearrange(torch.from_numpy(clip), "t h w c -> t c h w").contiguous()
+    clip = rearrange(torch.from_numpy(np.array(clip)), "t h w c -> t c h w").contiguous()
     return clip.float().div_(127.5).sub_(1)
 
 
@@ -1126,77 +807,33 @@ def enlarge(frames, height=128):
 
 
 @contextmanager
-def replacing(path):
-    """Yield a hidden file to write, which is renamed to `path` when complete.
-
-    Its name holds the process id, so that two processes do not share it. Raises ValueError for an
-    OSError, for instance on a full disk; then the hidden file is removed.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        try:
-            yield part
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or one_line(error)}") from None
-
-
-def write_picture(path, picture):
-    """Write a picture (height, width, 3) uint8 as .png or .jpg.
-
-    Raises ValueError if the file cannot be written.
-    """
-    encoded = encode_picture(picture, Path(path).suffix)
-    with replacing(path) as part:
-        part.write_bytes(encoded)
-
-
-def encode_picture(picture, ending, **options):
-    """Encode a picture, or several as a .gif, in memory: a full disk breaks imageio's writer."""
-    buffer = io.BytesIO()
-    iio.imwrite(buffer, picture, extension=ending.lower(), plugin="pillow", **options)
-    return buffer.getvalue()
-
-
-@contextmanager
-def writer(path, fps=8.0):
+def writer(path, fps=8.0, colours=256):
     """Write a video: `with writer("out.mp4", 8) as write: write(frames)`.
 
     `write` appends frames (T, 3, height, width) in [-1, 1], enlarged if they are small, or pictures
-    (T, height, width, 3) uint8. An .mp4 grows frame by frame; a .gif is encoded at the end, since
-    its frames share their colours. The file is renamed into place when complete. Raises ValueError
-    for other endings and if the file cannot be written.
+    (T, height, width, 3) uint8. An .mp4 grows frame by frame. A .gif is written at the end; its
+    frames share their `colours`, or noise would make it several times as large.
     """
-    ending = Path(path).suffix.lower()
-    if ending not in (".mp4", ".gif"):
-        raise ValueError(f"{path}: videos are written as .mp4 or .gif")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".gif":
+        images = []
+        yield lambda video: images.extend(map(Image.fromarray, as_pictures(video)))
+        some = np.concatenate([np.asarray(image) for image in images[:: len(images) // 16 + 1]])
+        palette = Image.fromarray(some).quantize(colours, Image.Quantize.FASTOCTREE)
+        images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
+        return
 
-    with replacing(path) as part:
-        if ending == ".gif":
-            pictures = []
+    with iio.imopen(path, "w", plugin="pyav", extension=".mp4") as file:
+        file.init_video_stream("libx264", fps=fps)
 
-            def write(video):
-                pictures.extend(as_pictures(video))
+        def write(video):
+            for picture in as_pictures(video):
+                height, width, _ = picture.shape  # x264 wants even ones
+                file.write_frame(picture[: height // 2 * 2, : width // 2 * 2])
 
-            yield write
-            duration = 1000 / fps  # of a frame, in ms
-            part.write_bytes(encode_picture(np.stack(pictures), ending, duration=duration, loop=0))
-        else:
-            with av.open(str(part), "w", format="mp4") as container:
-                encoder = Encoder(container, fps)
-
-                def write(video):
-                    encoder.write(as_pictures(video))
-
-                yield write
-                encoder.finish()
+        yield write
 
 
 def as_pictures(video):
@@ -1204,187 +841,33 @@ def as_pictures(video):
     return enlarge(to_bytes(video)) if torch.is_tensor(video) else video
 
 
-class Encoder:
-    """Append pictures (height, width, 3) uint8 to an open .mp4 file."""
-
-    def __init__(self, container, fps):
-        self.container = container
-        self.stream = container.add_stream("libx264", Fraction(fps).limit_denominator(65535))
-        self.stream.codec_context.thread_count = 1  # threads would not survive a loader's fork
-        self.rgb_to_yuv = VideoReformatter()
-        self.count = 0
-
-    def write(self, pictures):
-        for picture in pictures:
-            height, width = (side // 2 * 2 for side in picture.shape[:2])  # even, for yuv420p
-            picture = np.ascontiguousarray(picture[:height, :width])
-            if self.count == 0:
-                self.stream.height, self.stream.width = height, width
-                self.stream.pix_fmt = "yuv420p"
-
-            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
-            frame = self.rgb_to_yuv.reformat(frame, format="yuv420p", threads=1)
-            frame.time_base = 1 / self.stream.codec_context.framerate
-            frame.pts = self.count
-            self.container.mux(self.stream.encode(frame))
-            self.count += 1
-
-    def finish(self):
-        if self.count:
-            self.container.mux(self.stream.encode(None))
-
-
-def holds_latents(folder):
-    """Whether to read a folder as latents; if it holds videos too, warn which are read.
-
-    True if a .npz file holds `latents`, or if it has .npz files and no videos.
-    """
-    videos = find_files(folder, "videos")
-    arrays = find_files(folder, "latents")
-    if not arrays:
-        return False
-    if not videos:
-        return True
-
-    latents = any(map(has_latents, arrays))
-    if latents:
-        reason = f"the latents, as .npz files hold some; the {len(videos)} other files are ignored"
-    else:
-        reason = f"the videos, as none of the {len(arrays)} .npz files holds latents"
-    warn(f"{folder} holds videos and .npz files: reading {reason}")
-    return latents
-
-
-def has_latents(path):
-    """Whether a .npz file can be opened and holds `latents`."""
+@contextmanager
+def replacing(path):
+    """Yield a hidden file to write, which is renamed to `path` when it is complete."""
+    part = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            return "latents.npy" in archive.namelist()
-    except READ_ERRORS:
-        return False
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def latent_shapes(path):
-    """Shapes of `latents` and of `text`, (1, 1) without one, from the headers in a .npz file.
-
-    Raises ValueError if it cannot be read or holds something else.
-    """
-    found = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for key in archive.namelist():
-                name = key.removesuffix(".npy")
-                with archive.open(key) as file:
-                    np.lib.format.read_magic(file)
-                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                    end = file.tell() + math.prod(shape) * dtype.itemsize
-                if name in ("latents", "text") and end != archive.getinfo(key).file_size:
-                    raise ValueError(f"`{name}` is not as long as its header gives")
-                found[name] = shape
-    except READ_ERRORS as error:
-        raise ValueError(f"{path} is not a readable .npz file ({one_line(error)})") from None
-
-    latents = found.get("latents", ())
-    text = found.get("text", (1, 1))
-    if len(latents) != 4 or len(text) != 2:
-        raise ValueError(
-            f"{path} holds {found}; wanted `latents` (T, C, height, width) and optionally "
-            "`text` (L, text_dim)"
-        )
-    return latents, text
-
-
-def list_files(folder, kind):
-    """Sorted paths of a folder's "videos" or "latents" (.npz), subfolders and links included.
-
-    Hidden files and folders are left out. A file or folder that links reach again is listed once.
-    Raises ValueError if there are none, or if it is no folder.
-    """
-    files = find_files(folder, kind)
-    if not files:
-        raise ValueError(f"{folder} holds no {kind}")
-    return files
-
-
-def find_files(folder, kind):
-    """Like `list_files`, but returns [] if there are none."""
-    if not Path(folder).is_dir():
-        raise ValueError(
-            f"{folder} is not a folder; wanted one of videos or of latents (.npz), "
-            'or for train.py "sprites"'
-        )
-    found = []
-    visited = set()  # real paths
-    for root, folders, names in os.walk(folder, followlinks=True):
-        visited.add(os.path.realpath(root))
-        kept = []
-        for name in sorted(folders):
-            real = os.path.realpath(os.path.join(root, name))
-            if name[0] != "." and real not in visited:
-                visited.add(real)
-                kept.append(name)
-        folders[:] = kept  # where os.walk goes next
-
-        for name in sorted(names):
-            real = os.path.realpath(os.path.join(root, name))
-            if name[0] == "." or real in visited or not is_kind(name, kind):
-                continue
-            # a pipe would block; a dangling link is kept, to be named when it is read
-            if os.path.isfile(real) or not os.path.exists(real):
-                visited.add(real)
-                found.append(Path(root, name))
-    return sorted(found)
-
-
-def is_kind(name, kind):
-    ending = Path(name).suffix.lower()
-    if kind == "latents":
-        return ending == ".npz"
-    return ending not in {".txt", ".npz", ".json", ".md"}
+def save_array(path, array):
+    """Write a .npy file, as a whole or not at all."""
+    with replacing(path) as part, open(part, "wb") as file:
+        np.save(file, array)
 
 
 def read_caption(path):
-    """The text of name.txt beside name.mp4, "" without one. Raises ValueError if not UTF-8."""
+    """The text of name.txt beside name.mp4, "" without one."""
     path = path.with_suffix(".txt")
-    try:
-        return path.read_text("utf-8").strip() if path.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8 ({error})") from None
-
-
-def round_up(n, unit):
-    """The smallest multiple of `unit` that is at least n."""
-    return -(-n // unit) * unit
-
-
-def one_line(error):
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def skipped(path, error):
-    """Format why a file is skipped, with its path once."""
-    reason = one_line(error)
-    return f"skipped: {reason if str(path) in reason else f'{path} ({reason})'}"
+    return path.read_text("utf-8", "replace").strip() if path.is_file() else ""
 
 
 def warn(message):
-    """Print a warning on rank 0 only."""
+    """Print a warning, of several processes in the first alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}")
-
-
-def parse_size(text):
-    """An argparse type: 64 -> 64, for squares; 480x832 -> (480, 832), height and width."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    pixels = [int(side) for side in found.groups() if side] if found else [0]
-    if min(pixels) == 0:
-        raise argparse.ArgumentTypeError(
-            f"got {text}, wanted pixels: one number for squares, or HEIGHTxWIDTH such as 480x832"
-        )
-    if max(pixels) > MAX_SIDE:
-        raise argparse.ArgumentTypeError(f"got {text}, wanted at most {MAX_SIDE} pixels a side")
-    return pixels[0] if len(pixels) == 1 else tuple(pixels)
+        print(f"warning: {message}", file=sys.stderr)
 
 
 class Wan:
@@ -1401,7 +884,6 @@ class Wan:
 
     def __init__(self, path, device="cpu"):
         try:
-            import diffusers
             import ftfy  # noqa: F401, the pipeline cleans prompts with it
             from diffusers import WanPipeline
         except ImportError as error:
@@ -1414,11 +896,8 @@ class Wan:
                 "for instance Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
             )
 
-        types = {"text_encoder": torch.bfloat16, "default": torch.float32}
-        version = [int(part) for part in diffusers.__version__.split(".")[:2]]
-        key = "dtype" if version >= [0, 42] else "torch_dtype"
-        pipe = WanPipeline.from_pretrained(path, transformer=None, **{key: types})
-        self.pipe = pipe.to(device)
+        dtype = {"text_encoder": torch.bfloat16, "default": torch.float32}
+        self.pipe = WanPipeline.from_pretrained(path, transformer=None, dtype=dtype).to(device)
         self.device = device
         config = self.pipe.vae.config
         self.mean = torch.tensor(config.latents_mean, device=device).view(-1, 1, 1, 1)
@@ -1453,12 +932,11 @@ class Wan:
         cache = [None] * len(layers)
 
         @torch.no_grad()
+        @torch.autocast(torch.device(self.device).type, enabled=False)
         def decode(latents):
             latents = latents.to(self.device).transpose(1, 2) * self.std + self.mean
-            z = vae.post_quant_conv(latents)
-
             frames = []
-            for latent in z.split(1, dim=2):
+            for latent in vae.post_quant_conv(latents).split(1, dim=2):
                 is_first = cache[0] is None
                 frames.append(vae.decoder(latent, cache, [0], first_chunk=is_first))
             return torch.cat(frames, dim=2).clamp(-1, 1).transpose(1, 2).cpu()
@@ -1467,174 +945,126 @@ class Wan:
 
 
 def encode_video(wan, path, out, size, frames, fps):
-    """Encode each clip of `frames` frames to out-NUMBER.npz: latents, and its caption's text.
+    """Encode each clip of `frames` frames to out-NUMBER.npy, its caption to out-NUMBER.text.npy.
 
-    Finished files are kept, damaged ones are encoded anew. Raises ValueError if the video is too
-    short, or if a finished file is of another size.
+    Finished files are kept. Raises ValueError if the video cannot be read or is too short.
     """
-    caption = read_caption(path)
+    text = wan.text([read_caption(path)])[0].half().cpu().numpy()
     reader = read_frames(path, size, fps)
     number = 0
-    while True:
-        clip = list(islice(reader, frames))
-        if len(clip) < frames:
-            break
-        target = out.with_name(f"{out.name}-{number:04d}.npz")
-        if not is_finished(target, size, frames):
-            latents = wan.encode(to_float(np.stack(clip))[None])
-            text = wan.text([caption])
-            save_arrays(target, latents=latents[0].half().cpu(), text=text[0].half().cpu())
+    while len(clip := list(islice(reader, frames))) == frames:
+        target = out.with_name(f"{out.name}-{number:04d}.npy")
+        if not target.exists():
+            latents = wan.encode(to_float(np.stack(clip))[None])[0].half().cpu().numpy()
+            save_array(target.with_suffix(".text.npy"), text)
+            save_array(target, latents)  # last: a file of latents has its text
         number += 1
     if number == 0:
-        raise ValueError(f"{path} has {len(clip)} frames; wanted at least --frames {frames}")
+        raise ValueError(f"it has {len(clip)} frames; wanted at least --frames {frames}")
 
 
-def is_finished(path, size, frames):
-    """Whether a file holds latents that can be read.
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose -h opens with a docstring, and whose errors are ValueErrors."""
 
-    Raises ValueError if they are of other frames or of another size.
-    """
-    if not path.exists():
-        return False
-    try:
-        (T, _, height, width), _ = latent_shapes(path)
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return False
-    except READ_ERRORS:
-        return False
-    if (4 * T - 3, (8 * height, 8 * width)) != (frames, sides(size)):
-        raise ValueError(
-            f"{path} is there already, of another --frames or --size; "
-            "wanted another folder for these"
-        )
-    return True
-
-
-def save_arrays(path, **arrays):
-    """Write a .npz file that is renamed into place when complete.
-
-    Raises ValueError if it cannot be written.
-    """
-    with replacing(path) as part, open(part, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def encode_folder(args):
-    """Encode a folder of videos with `encode_video`. Returns the exit status.
-
-    Run it again to continue after an interruption. Under torchrun the files are divided among the
-    processes.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    files = list_files(args.videos, "videos")[rank::world_size]
-    check_out(args.out)
-    wan = Wan(args.wan, f"cuda:{local_rank}" if args.device == "cuda" else args.device)
-
-    bad = 0
-    for path in tqdm(files, "videos"):
-        out = args.out / path.relative_to(args.videos)
-        try:
-            encode_video(wan, path, out, args.size, args.frames, args.fps)
-        except ValueError as error:
-            bad += 1
-            print(f"warning: {skipped(path, error)}")
-    if bad == 0 or bad < len(files):
-        return 0
-    print(f"data.py: none of {bad} videos of {args.videos} could be encoded", file=sys.stderr)
-    return 2 if world_size == 1 else 0  # torchrun would end the other processes
-
-
-def check_out(folder):
-    """Create the folder of the latents. Raises ValueError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write to {folder}: permission denied")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ValueError, which `main` prints on one line."""
+    def __init__(self, doc, usage="%(prog)s [flags]"):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(usage=usage, description=doc, formatter_class=layout)
 
     def error(self, message):
         raise ValueError(message)
 
 
-def parse(argv):
-    parser = OneLineParser(
-        description="Turn a folder of videos into latents for train.py --data, "
-        "with Wan 2.1's VAE and text encoder."
-    )
-    add = parser.add_argument
-    add("command", choices=["encode"])
-    add("videos", type=Path, help="a folder of videos; name.txt beside name.mp4 is its caption")
-    add("out", type=Path, help="a folder for the .npz files")
-    add("--wan", type=Path, required=True, help="a diffusers folder of Wan 2.1")
-    add(
-        "--size",
-        type=parse_size,
-        default=(480, 832),
-        help="height and width in pixels, multiples of 16 (default 480x832)",
-    )
-    add(
-        "--frames",
-        type=int,
-        default=81,
-        help="frames of a clip, 4 n - 3 for n latents (default 81)",
-    )
-    add("--fps", type=float, default=16.0, help="read videos at this rate (default 16)")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"]
-    add(
-        "--device",
-        choices=devices,
-        default=devices[-1],
-        help="where to run (default: cuda where there is one)",
-    )
-    return check(parser.parse_args(argv))
+def number(kind, least, most=10**9):
+    """Make an argparse type: an int or a float from least to most."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"got {text}, wanted {wanted} from {least:g} to {most:g}"
+            )
+        return value
+
+    return read
 
 
-def check(args):
-    """Raise ValueError if the flags cannot work."""
-    height, width = sides(args.size)
-    if height % 16 or width % 16:
-        raise ValueError(
-            f"--size {height}x{width}: Wan's height and width are multiples of 16; "
-            f"{round_up(height, 16)}x{round_up(width, 16)} would work"
-        )
-    if args.frames < 1 or args.frames % 4 != 1:
-        raise ValueError(
-            f"--frames {args.frames}: 4 n - 3 frames make n latents; "
-            f"{max(1, args.frames // 4 * 4 + 1)} would work"
-        )
-    if not 0 < args.fps <= 1000:
-        raise ValueError(f"--fps {args.fps}: wanted a rate above 0 and at most 1000")
-    return args
+def picture_size(text):
+    """An argparse type: 64 -> 64, for squares; 480x832 -> (480, 832), height and width."""
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted pixels, such as 64 or 480x832")
+    height, width = found.groups()
+    return (int(height), int(width)) if width else int(height)
+
+
+def list_devices():
+    """The devices that torch has here, the preferred one last."""
+    names = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    names += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return tuple(names + ["cuda"] * torch.cuda.is_available())
+
+
+DEVICES = list_devices()
+
+
+def round_up(n, unit):
+    """The smallest multiple of `unit` that is at least n."""
+    return -(-n // unit) * unit
+
+
+def one_line(error):
+    """The message of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_main(main):
+    """Run a script's main(argv); wrong input, a full disk or Ctrl-C ends in one line on stderr."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun adds a page of its own
+            print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main(argv):
-    """Run a command. Returns the exit status; a wrong input is one line on stderr.
+    """Encode a folder of videos; run again, it goes on. Under torchrun the files are divided."""
+    parser = Parser(__doc__, "%(prog)s VIDEOS LATENTS --wan WAN [flags]")
+    add = parser.add_argument
+    # fmt: off
+    add("videos", type=Path, help="a folder of videos; name.txt beside name.mp4 is its caption")
+    add("out", type=Path, help="a folder for the latents")
+    add("--wan", type=Path, required=True, help="a diffusers folder of Wan 2.1")
+    add("--size", type=picture_size, default=(480, 832),
+        help="height and width in pixels, multiples of 16 (default: 480x832)")
+    add("--frames", type=number(int, 1), default=81,
+        help="frames of a clip, 4 n - 3 for n latents (default: %(default)s)")
+    add("--fps", type=number(float, 0.01), default=16.0,
+        help="read videos at this rate (default: %(default)s)")
+    add("--device", choices=DEVICES, default=DEVICES[-1],
+        help="where to run (default: %(default)s)")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if any(side % 16 for side in sides(args.size)) or args.frames % 4 != 1:
+        raise ValueError("wanted a --size of multiples of 16, and --frames 4 n - 3, such as 81")
 
-    Under torchrun only the first process prints that line, and the status after a wrong input or
-    Ctrl-C is 0: torchrun answers any other with a traceback.
-    """
-    try:
-        return encode_folder(parse(argv))
-    except (ValueError, OSError) as error:
-        message = one_line(error)
-        status = 2
-    except KeyboardInterrupt:
-        message = "interrupted"
-        status = 130
-    if os.environ.get("RANK", "0") == "0":
-        print(f"data.py: {message}", file=sys.stderr)
-    return 0 if "RANK" in os.environ else status
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    paths = [p for p in find_files(args.videos) if p.suffix.lower() not in NO_VIDEO]
+    wan = Wan(args.wan, f"cuda:{local_rank}" if args.device == "cuda" else args.device)
+    for path in tqdm(paths[rank :: int(os.environ.get("WORLD_SIZE", 1))], "videos"):
+        out = args.out / path.relative_to(args.videos)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            encode_video(wan, path, out, args.size, args.frames, args.fps)
+        except ValueError as error:
+            warn(f"skipping {path}: {one_line(error)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

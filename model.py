@@ -10,7 +10,9 @@ P tokens in a frame (chunk · rows · columns of patches), C channels, D width, 
 head, L words.
 """
 
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from textwrap import shorten
@@ -21,7 +23,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from routing import attend, describe, sparse_causal_mask
+from routing import attend, sparse_causal_mask
 
 
 @dataclass
@@ -40,52 +42,20 @@ class Config:
     top_k: int | None = None  # history frames that a token picks, Eq. (9); None: all
     window: int | None = None  # history frames that a frame sees, in training too; None: all
     predict: str = "v"  # what the head returns: the velocity v, or "x", the clean frame
-    detail: int = 0  # channels of the convolutions behind the head; 0: there are none
-    detail_frames: int = 0  # frames right before a noisy one that the convolutions see, too
-    detail_strips: bool = False  # whether they also see the maxima of whole rows and columns
     eps: float = 1e-6
 
     def __post_init__(self):
         if self.predict not in ("v", "x"):
             raise ValueError(f'predict is {self.predict!r}; wanted "v" or "x"')
-        unused = {"top_k": None, "window": None}
-        unused |= {"detail": 0, "detail_frames": 0, "detail_strips": False}
         for name, value in vars(self).items():
-            if name == "predict" or (name in unused and value == unused[name]):
-                continue
-            if not isinstance(value, int | float) or not value > 0:
+            if name != "predict" and value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; wanted a number above 0")
-        if self.dim % (2 * self.heads):
+        pairs = 2 * self.heads
+        if self.dim % pairs:
             raise ValueError(
-                f"dim {self.dim} cannot be split into {self.heads} heads of an even width; "
-                f"a dim of {-(-self.dim // (2 * self.heads)) * 2 * self.heads} would work"
+                f"a dim of {self.dim} cannot be split into {self.heads} heads of an even width; "
+                f"{-(-self.dim // pairs) * pairs} would work"
             )
-
-        if self.detail_frames and not self.detail:
-            raise ValueError(
-                f"detail_frames {self.detail_frames} needs convolutions; a detail of 32 would work"
-            )
-        if self.detail_strips and not self.detail:
-            raise ValueError("detail_strips needs convolutions; a detail of 32 would work")
-        if self.window and self.detail_frames > self.window:
-            raise ValueError(
-                f"detail_frames {self.detail_frames}: wanted at most the window, {self.window}"
-            )
-
-    @property
-    def detail_scale(self):
-        """Pixels along a side of what `DetailHead` convolves: 2, or 1 if the patch is odd."""
-        return 2 - self.patch % 2
-
-    @property
-    def detail_values(self):
-        """Values of a frame in each place that `DetailHead` convolves."""
-        return self.chunk * self.channels * self.detail_scale**2
-
-    @property
-    def detail_inputs(self):
-        """Values that it reads there: of x_t, the tokens' estimate and the frames before."""
-        return (2 + self.detail_frames) * self.detail_values
 
 
 PRESETS = {
@@ -100,7 +70,6 @@ PRESETS = {
 }
 
 LEAST_T = 0.05  # x-prediction divides by t, or by this if t is smaller
-MAX_FINISHED = 4.0  # the convolutions see values of finished frames up to this; pixels are up to 1
 
 
 def rope(width, frames, rows, columns):
@@ -150,28 +119,6 @@ def join_heads(z):
     return z.movedim(1, -2).flatten(-2)
 
 
-# torch.compile would compile these two anew for every number of frames.
-
-
-@torch.compiler.disable
-def attend_with_cache(attention, q, k, v, past, own, cache):
-    """Append this pass's keys and values to the cache, if there is one, and attend to all."""
-    if cache is None:
-        return attend(q, k, v, past, own, attention.top_k)
-    k, v, descriptor = cache.put(attention.layer, k, v)
-    return attend(q, k, v, past, own, attention.top_k, descriptor)
-
-
-@torch.compiler.disable
-def text_with_cache(attention, text, cache):
-    """The text's keys and values in a layer; a cache keeps them while c is the same tensor."""
-    if cache is None:
-        return attention.project_text(text)
-    if attention.layer not in cache.text:
-        cache.text[attention.layer] = attention.project_text(text)
-    return cache.text[attention.layer]
-
-
 class Attention(nn.Module):
     """Projections, and RMS norms of q and k over the full width."""
 
@@ -185,42 +132,41 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
 
+    def project(self, queries, keys):
+        """(B, ..., D) -> q of the queries, k and v of the keys, (B, H, ..., E), before RoPE."""
+        dtype = self.norm_q.weight.dtype  # the norms stay as precise as the weights
+        q = split_heads(self.norm_q(self.q(queries).to(dtype)), self.heads)
+        k = split_heads(self.norm_k(self.k(keys).to(dtype)), self.heads)
+        v = split_heads(self.v(keys), self.heads)
+        return q.to(v.dtype), k.to(v.dtype), v
+
 
 class SelfAttention(Attention):
     """Attention of each frame to itself and its history, Eq. (8)."""
 
-    def project(self, x, angles, rows):
-        """x (B, F, P, D) -> rotated q (B, H, R, P, E) of the last `rows` frames, k and v of all."""
-        queries = x[:, x.shape[1] - rows :]
-        q = split_heads(self.norm_q(self.q(queries).to(x.dtype)), self.heads)
-        k = split_heads(self.norm_k(self.k(x).to(x.dtype)), self.heads)
-        v = split_heads(self.v(x), self.heads)
-
-        q = rotate(q, angles[len(angles) - rows :]).to(v.dtype)
-        k = rotate(k, angles).to(v.dtype)
-        return q, k, v
-
     def forward(self, x, angles, past, own, cache):
-        """x (B, F, P, D), past and own (R, S) -> (B, R, P, D), for the last R frames."""
-        q, k, v = self.project(x, angles, len(past))
-        out = attend_with_cache(self, q, k, v, past, own, cache)
-        return self.o(join_heads(out))
+        """x (B, F, P, D), angles (S, P, E / 2), past and own (R, S) -> (B, R, P, D).
+
+        The last R of the F frames are the queries; all are keys, after those in the cache.
+        """
+        q, k, v = self.project(x[:, x.shape[1] - len(past) :], x)
+        return self.o(join_heads(self.attend(q, k, v, angles, past, own, cache)))
+
+    @torch.compiler.disable  # torch.compile would compile it anew for every number of frames
+    def attend(self, q, k, v, angles, past, own, cache):
+        if cache is not None:
+            k, v = cache.put(self.layer, k, v)
+        q, k = rotate(q, angles[len(angles) - len(past) :]), rotate(k, angles)
+        return attend(q, k, v, past, own, self.top_k)
 
 
 class CrossAttention(Attention):
     """Attention of each token to the text."""
 
-    def project_text(self, text):
-        """text (B, L, D) -> k, v (B, H, L, E)."""
-        k = self.norm_k(self.k(text).to(self.norm_k.weight.dtype))
-        v = self.v(text)
-        return split_heads(k, self.heads).to(v.dtype), split_heads(v, self.heads)
-
-    def forward(self, x, text, cache):
+    def forward(self, x, text):
         """x (B, R, P, D), text (B, L, D) -> (B, R, P, D). Padding is attended to, as in Wan."""
-        k, v = text_with_cache(self, text, cache)
-        q = split_heads(self.norm_q(self.q(x).to(x.dtype)), self.heads).to(v.dtype)
-        out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v)  # (B, H, R · P, E)
+        q, k, v = self.project(x.flatten(1, 2), text)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, H, R · P, E)
         return self.o(join_heads(out)).unflatten(1, x.shape[1:3])
 
 
@@ -249,14 +195,12 @@ class Block(nn.Module):
         e6 = (self.modulation + e6).unsqueeze(-2)  # (B, F, 6, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = e6.unbind(2)
         h = modulate(self.norm1(x), shift1, scale1)
-
-        first_row = x.shape[1] - len(past)
-        x, gate1 = x[:, first_row:], gate1[:, first_row:]
-        shift2, scale2, gate2 = shift2[:, first_row:], scale2[:, first_row:], gate2[:, first_row:]
-
         h = self.self_attn(h, angles, past, own, cache).to(x.dtype)
+
+        first = x.shape[1] - len(past)
+        x, gate1, shift2, scale2, gate2 = (z[:, first:] for z in (x, gate1, shift2, scale2, gate2))
         x = torch.addcmul(x, gate1, h)
-        x = x + self.cross_attn(self.norm3(x), text, cache)
+        x = x + self.cross_attn(self.norm3(x), text)
         h = self.ffn(modulate(self.norm2(x), shift2, scale2)).to(x.dtype)
         return torch.addcmul(x, gate2, h)
 
@@ -274,84 +218,6 @@ class Head(nn.Module):
         """x (B, N, P, D), e (B, N, D) -> (B, N, P, patch · patch · C)."""
         shift, scale = (self.modulation + e[:, :, None]).unsqueeze(-2).unbind(2)
         return self.head(modulate(self.norm(x), shift, scale))
-
-
-class DetailHead(nn.Module):
-    """Four 3 x 3 convolutions that refine the tokens' estimate of each noisy frame.
-
-    A token draws its patch alone, from D numbers. The convolutions see the estimate and x_t across
-    the borders of patches, as in DiP (arXiv 2511.18822). With `detail_frames` they also see the
-    pixels of that many frames right before it, and learn how a thing of a few pixels moves. They
-    run at half the resolution, or at the whole one where the patch is odd.
-
-    With `detail_frames`, begin with noise on the history (`--history noise --warmup 0`). On a clean
-    history the convolutions learn to copy, errors too, and rollouts fall apart.
-
-    Values of those frames beyond MAX_FINISHED are cut off. What convolutions return grows with what
-    they are given, so that without a limit a bad frame would make the next one worse, and so on.
-
-    With `detail_strips`, each place also gets the maximum over its row and the maximum over its
-    column of what the first convolution returns, each through a linear layer. Convolutions see no
-    farther than nine pixels, and a paddle must know the row of a ball at the other side of the
-    field. It is strip pooling (arXiv 2003.13328), with the maximum in place of the mean, in which a
-    ball would vanish.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.scale = config.detail_scale
-        width = config.detail
-        self.modulation = nn.Linear(config.dim, 2 * width)
-        self.layers = nn.ModuleList(
-            [
-                nn.Conv2d(config.detail_inputs, width, 3, padding=1),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.Conv2d(width, config.detail_values, 3, padding=1),
-            ]
-        )
-        self.row, self.column = None, None
-        if config.detail_strips:
-            self.row = nn.Conv2d(width, width, 1)
-            self.column = nn.Conv2d(width, width, 1)
-
-    def forward(self, x_t, out, before, e):
-        """Refine what the tokens return for the noisy frames x_t: v, or the clean frames.
-
-        x_t, out (B, N, C, height, width), e (B, N, D), and before (B, N, detail_frames · C,
-        height, width) from `frames_before`. Returns the refined out.
-        """
-        shift, scale = self.modulation(e).flatten(0, 1)[..., None, None].chunk(2, dim=1)
-        first, *inner, last = self.layers
-
-        before = before.clamp(-MAX_FINISHED, MAX_FINISHED)
-        z = torch.cat([x_t, out, before], dim=2).flatten(0, 1).to(first.weight.dtype)
-        z = F.pixel_unshuffle(z, self.scale)  # (B · N, channels, rows, columns)
-        z = first(z.to(memory_format=torch.channels_last))  # convolutions are faster in this order
-        z = F.gelu(modulate(z, shift.to(z.dtype), scale.to(z.dtype)))
-        if self.row:
-            z = z + self.row(z.amax(3, keepdim=True)) + self.column(z.amax(2, keepdim=True))
-        for layer in inner:
-            z = F.gelu(layer(z))
-        with torch.autocast(z.device.type, enabled=False):  # the pixels are float32, as the head's
-            z = last(z.to(last.weight.dtype))
-        return out + F.pixel_shuffle(z, self.scale).unflatten(0, out.shape[:2])
-
-
-def frames_before(finished, first, N, count):
-    """The `count` frames before each of N noisy ones, the last one first; 0 where there is none.
-
-    finished (B, S, C, height, width), numbered from 0; the noisy frames are first, first + 1, ...
-    Returns (B, N, count · C, height, width).
-    """
-    B, S, *shape = finished.shape
-    none = finished.new_zeros(B, *shape)
-    stacks = []
-    for number in range(first, first + N):
-        before = range(number - 1, number - 1 - count, -1)
-        frames = [finished[:, i] if 0 <= i < S else none for i in before]
-        stacks.append(torch.cat([none[:, :0], *frames], dim=1))  # the first, for a count of 0
-    return torch.stack(stacks, dim=1)
 
 
 def patchify(x, config):
@@ -401,8 +267,6 @@ class CausalDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.head = Head(config)
-        if config.detail:
-            self.detail = DetailHead(config)
         self.initialize()
 
     def initialize(self):
@@ -415,9 +279,6 @@ class CausalDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
-        if self.config.detail:
-            nn.init.zeros_(self.detail.layers[-1].weight)
-            nn.init.zeros_(self.detail.layers[-1].bias)
 
     def forward(self, x, t, c, history=None, cache=None, first=0, history_t=None):
         """Predict v = eps - x of noisy frames; each attends to itself and to the history before it.
@@ -426,33 +287,30 @@ class CausalDiT(nn.Module):
         t (B, N): their noise levels in [0, 1]. c (B, L, text_dim): the condition.
         history (B, M, chunk · C, height, width) or None: finished frames that follow those in
         the cache.
-        cache: `Cache` or None; the history's keys and values are appended to it, with
-        detail_frames its pixels, too.
+        cache: `Cache` or None; the history's keys and values are appended to it.
         history_t (B, M) or None: noise levels of the history, for diffusion forcing; None: all 0.
         Returns v shaped like x, in float32 (float64 if the weights are). Raises ValueError where
         shapes do not fit the configuration.
         """
-        config, dtype = self.config, self.patch_embedding.weight.dtype
+        config, dtype, device = self.config, self.patch_embedding.weight.dtype, x.device
         self.check(x, c)
         if history is None:
             history = x[:, :0]
         if history_t is None:
             history_t = t.new_zeros(history.shape[:2])
-        n_cached, cache_first = 0, 0
-        if cache is not None:
-            kept = cache.admit(history.shape[1], c)  # a window may evict some of them at once
+        n_cached = 0
+        if cache is not None:  # a window evicts old frames, and frames are numbered anew
+            kept = cache.make_room(history.shape[1])
             history, history_t = history[:, kept], history_t[:, kept]
-            n_cached, cache_first = cache.length, cache.first
+            n_cached, first = cache.length, first - cache.evicted
 
-        M, N, device = history.shape[1], x.shape[1], x.device
-        height, width = x.shape[3] // config.patch, x.shape[4] // config.patch
-        position = first - cache_first  # of the first noisy frame, where column 0 has 0
-        past, own = sparse_causal_mask(n_cached, M, N, position, device, config.window)
-        next_number = cache_first + n_cached
-        numbers = (*range(next_number, next_number + M), *range(first, first + N))
+        M, N = history.shape[1], x.shape[1]
+        past, own = sparse_causal_mask(n_cached, M, N, first, window=config.window)
+        numbers = (*range(n_cached + M), *range(first, first + N))  # of the columns
+        rows, columns = x.shape[3] // config.patch, x.shape[4] // config.patch
         angles = token_angles(
-            config.dim // config.heads, config.chunk, numbers, height, width, device, dtype
-        )  # (F, P, E / 2)
+            config.dim // config.heads, config.chunk, numbers, rows, columns, device, dtype
+        )
 
         with torch.autocast(device.type, enabled=False):
             levels = torch.cat([history_t, t], dim=1)  # (B, F)
@@ -463,36 +321,34 @@ class CausalDiT(nn.Module):
         tokens = self.patch_embedding(patches.to(dtype)).to(dtype)  # (B, F, P, D)
 
         for layer, block in enumerate(self.blocks):
-            if layer == config.layers - 1:  # the history's last output is not used
-                past, own = sparse_causal_mask(n_cached + M, 0, N, position, device, config.window)
+            if layer == config.layers - 1:  # nobody reads the history's last output
+                past, own = past[M:], own[M:]
             if self.recompute and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
-            # (B, F, P, D); after the last block (B, N, P, D)
             tokens = block(tokens, e6, angles, past, own, text, cache)
 
-        finished = history
         if cache is not None:
-            if config.detail_frames:
-                finished = cache.put_frames(history)
             cache.length += M
         with torch.autocast(device.type, enabled=False):
             out = self.head(tokens, e[:, M:]).to(torch.promote_types(dtype, torch.float32))
-            out = unpatchify(out, config, height)  # (B, N, chunk · C, height, width)
-        if config.detail and N:  # N = 0: the pass only fills the cache
-            before = frames_before(finished, position, N, config.detail_frames)
-            out = self.detail(x, out, before, e[:, M:])
+            out = unpatchify(out, config, rows)  # (B, N, chunk · C, height, width)
         return out if config.predict == "v" else velocity(x, t, out)
 
     def cache(self, batch, frames, window=None, sink=0):
         """Make an empty cache for `batch` videos of up to `frames` frames.
 
         window: keep only the first `sink` and the last window - sink frames, of any number;
-        `frames` is then ignored. Without a window, or with one as long as `frames`, every frame
-        is kept and `sink` has no effect.
+        without one, or with one as long as `frames`, nothing is evicted.
         """
-        if window is None or window >= frames:  # nothing will be evicted
-            return Cache(self.config, batch, frames)
-        return WindowCache(self.config, batch, window, sink)
+        return Cache(self.config.layers, batch, frames, window, sink)
+
+    def compile_blocks(self):
+        """torch.compile each block; all share what is compiled for one."""
+        compiler = os.environ.get("CXX", "g++")
+        if not any(map(shutil.which, (compiler, "c++", "clang++"))):
+            raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}")
+        for block in self.blocks:
+            block.compile()
 
     def check(self, x, c):
         """Raise ValueError for frames or text that do not fit the configuration."""
@@ -512,195 +368,107 @@ class CausalDiT(nn.Module):
                 f"text of width {c.shape[-1]}; this model reads width {config.text_dim}"
             )
 
-    def compile_blocks(self, **options):
-        """torch.compile each block; all share what is compiled for one."""
-        for block in self.blocks:
-            block.compile(**options)
-
 
 class Cache:
-    """Keys and values of up to `frames` finished frames, preallocated and written in place.
+    """Keys, before RoPE, and values of finished frames in each layer; the position of a frame is
+    its place.
 
-    Slots 0 to length - 1 hold the finished frames, in order. A pass writes its history and its
-    noisy frames behind them, so that attention reads [cached | history | noisy] as one view; then
-    `length` grows by the history, and the next pass overwrites the noisy frames.
+    A pass writes its history and its noisy frames behind the finished ones, so that attention
+    reads [cached | history | noisy] as a view; then `length` grows by the history, and the next
+    pass overwrites the noisy frames. With a window the first `sink` frames and the last ones are
+    kept, `window` in all: those behind an evicted frame move up, so that no position leaves the
+    range of training, and memory and time per frame stay flat.
     """
 
-    def __init__(self, config, batch, frames):
-        self.config = config
-        self.batch = batch
-        self.frames = frames
-        self.slots = frames  # to allocate
-        self.first = 0  # number of the frame in slot 0
-        self.length = 0
-        self.k = None  # (layers, B, H, slots, P, E)
-        self.v = None
-        self.descriptor = None  # mean keys, (layers, B, H, slots, E)
-        self.finished = None  # with detail_frames: their pixels, (B, frames, C, height, width)
-        self.c = None  # the condition
-        self.text = {}  # its keys and values in each layer
-
-    def admit(self, n, c):
-        """Begin a pass with n history frames and condition c. Returns the indices to compute."""
-        if self.length + n > self.frames:
-            raise ValueError(
-                f"{self.length + n} finished frames in a cache for {self.frames}: "
-                "ask model.cache for more frames or for a window"
-            )
-        if self.c is not c:
-            self.c, self.text = c, {}
-        return list(range(n))
-
-    def put(self, layer, k, v):
-        """Write k, v (B, H, F, P, E) of this pass. Returns k, v and mean keys of all S columns."""
-        end = self.length + k.shape[2]
-        self.reserve(k, end)
-        self.k[layer][:, :, self.length : end] = k
-        self.v[layer][:, :, self.length : end] = v
-        self.descriptor[layer][:, :, self.length : end] = describe(k)
-        return tuple(z[layer][:, :, :end] for z in (self.k, self.v, self.descriptor))
-
-    def put_frames(self, history):
-        """Write this pass's history (B, M, C, height, width). Returns all finished frames."""
-        end = self.length + history.shape[1]
-        if self.finished is None:
-            B, _, C, height, width = history.shape
-            self.finished = history.new_zeros(B, self.frames, C, height, width)
-        self.finished[:, self.length : end] = history
-        return self.finished[:, :end]
-
-    def reserve(self, k, slots):
-        """Allocate at first use; grow only for a pass with more noisy frames than there is room."""
-        if self.k is None:
-            B, H, _, P, E = k.shape
-            if B != self.batch:
-                raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
-            shape = (self.config.layers, B, H, max(self.slots, slots))
-            self.k, self.v = k.new_zeros(*shape, P, E), k.new_zeros(*shape, P, E)
-            self.descriptor = describe(k[:, :, :0]).new_zeros(*shape, E)
-        elif slots > self.k.shape[3]:
-            more = slots - self.k.shape[3]
-            self.k, self.v = (F.pad(z, (0, 0, 0, 0, 0, more)) for z in (self.k, self.v))
-            self.descriptor = F.pad(self.descriptor, (0, 0, 0, more))
-
-
-# ---- machinery: the cache with a window, angles of tokens, checkpoints, Wan's weights ----
-
-
-class WindowCache(Cache):
-    """The first `sink` frames and the last ones, `window` in all: flat memory and time per frame.
-
-    Evicting a frame moves those behind it to lower slots; slot i keeps the position first + i.
-    So the sink's keys are rotated forward with the window and always stand right before it, and
-    no relative position is larger than in a video of `window` + 1 frames.
-    """
-
-    def __init__(self, config, batch, window, sink):
-        if not 0 <= sink < window:
+    def __init__(self, layers, batch, frames, window=None, sink=0):
+        if window is not None and not 0 <= sink < window:
             raise ValueError(
                 f"a window of {window} frames with a sink of {sink}: wanted 0 <= sink < window"
             )
-        if window - sink < config.detail_frames:
-            raise ValueError(
-                f"a window of {window} frames with a sink of {sink} keeps {window - sink} recent "
-                f"ones; the convolutions of this model see {config.detail_frames}"
-            )
-        super().__init__(config, batch, window)
-        self.slots = window + 1  # the noisy frame of a rollout
+        self.evicts = window is not None and window < frames
+        self.layers = layers
+        self.batch = batch
+        self.frames = window if self.evicts else frames  # that it holds at most
         self.sink = sink
-        self.sink_k = None  # keys of the sink at positions 0 to sink - 1
+        self.length = 0  # frames that it holds
+        self.evicted = 0
+        self.kv = None  # (2, layers, B, H, places, P, E)
 
-    def admit(self, n, c):
-        """Evict frames to make room for n; return the indices of the new frames to compute."""
+    def make_room(self, n):
+        """Evict what does not fit beside n frames of history; return which of these to compute."""
         total = self.length + n
-        evicted = max(0, total - self.frames)
-        if evicted == 0:
-            return super().admit(n, c)
-
-        kept = [i for i in range(total) if not self.sink <= i < self.sink + evicted]
+        excess = max(0, total - self.frames)
+        if excess and not self.evicts:
+            raise ValueError(
+                f"{total} finished frames in a cache for {self.frames}: "
+                "ask model.cache for more frames or for a window"
+            )
+        kept = [i for i in range(total) if not self.sink <= i < self.sink + excess]
         old = [i for i in kept if i < self.length]
         new = [i - self.length for i in kept if i >= self.length]
-        self.first += evicted
-        if old:
-            self.move(old)
+        if len(old) < self.length:
+            self.kv[:, :, :, :, : len(old)] = self.kv[:, :, :, :, old]
         self.length = len(old)
-        super().admit(len(new), c)
+        self.evicted += excess
         return new
 
-    def move(self, old):
-        """Move the frames in the slots `old` to the first slots; rotate the sink's keys forward."""
-        if self.finished is not None:
-            self.finished[:, : len(old)] = self.finished[:, old]
-        sink = min(self.sink, len(old))
-        for layer in range(self.config.layers):
-            for z in (self.k, self.v, self.descriptor):
-                z[layer][:, :, : len(old)] = z[layer][:, :, old]
-            k = rotate(self.sink_k[layer][:, :, :sink], self.rotation_by(self.first))
-            self.k[layer][:, :, :sink] = k
-            self.descriptor[layer][:, :, :sink] = describe(k)
-
     def put(self, layer, k, v):
-        columns = super().put(layer, k, v)
-        if self.sink_k is None:
-            B, H, _, P, E = k.shape
-            self.sink_k = k.new_zeros(self.config.layers, B, H, self.sink, P, E)
-        if self.length < self.sink:
-            fresh = columns[0][:, :, self.length : self.sink]
-            end = self.length + fresh.shape[2]
-            self.sink_k[layer][:, :, self.length : end] = rotate(
-                fresh, self.rotation_by(-self.first)
-            )
-        return columns
+        """Write k, v (B, H, F, P, E) of this pass; return those of all S columns."""
+        B, H, n, P, E = k.shape
+        end = self.length + n
+        if B != self.batch:
+            raise ValueError(f"a pass of {B} videos on a cache for {self.batch}")
+        if self.kv is None or end > self.kv.shape[4]:  # at first, or for many noisy frames
+            places = max(end, self.frames + 1)
+            kv = k.new_empty(2, self.layers, B, H, places, P, E)
+            if self.kv is not None:
+                kv[:, :, :, :, : self.length] = self.kv[:, :, :, :, : self.length]
+            self.kv = kv
 
-    def rotation_by(self, frames):
-        """The rotation that moves a key by a number of frames."""
-        offset, zero = torch.tensor([frames * self.config.chunk]), torch.tensor([0])
-        angles = rope(self.config.dim // self.config.heads, offset, zero, zero)
-        return angles_like(angles, self.k.device, self.k.dtype)
+        self.kv[0, layer][:, :, self.length : end] = k
+        self.kv[1, layer][:, :, self.length : end] = v
+        return self.kv[:, layer, :, :, :end]
 
 
 @lru_cache(maxsize=64)
 def token_angles(width, chunk, numbers, rows, columns, device, dtype):
-    """`rope` for the tokens of frames with these numbers (a tuple): complex (F, P, E / 2)."""
+    """`rope` for the tokens of frames with these numbers, a tuple: complex (S, P, E / 2)."""
     latents = (torch.tensor(numbers)[:, None] * chunk + torch.arange(chunk)).flatten()
     angles = rope(width, latents, torch.arange(rows), torch.arange(columns))
     angles = angles.unflatten(0, (len(numbers), chunk * rows * columns))
-    return angles_like(angles, device, dtype)
-
-
-def angles_like(angles, device, dtype):
-    """Angles on a device, as precise as dtype, at least complex64."""
     return angles.to(torch.complex128 if dtype == torch.float64 else torch.complex64).to(device)
 
 
-CHECKPOINT = {"config": dict, "model": dict, "ema": dict, "step": int, "args": dict}
+# ---- machinery: checkpoints, Wan's weights ----
 
 
 def read_checkpoint(path):
     """The dictionary in a run's ckpt.pt, on the CPU. path: the file or the run's folder.
 
-    Raises ValueError if there is none, or it is not a whole checkpoint of this project.
+    Raises ValueError if there is none, or it is not a checkpoint of train.py.
     """
     path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}; give a run's folder or its ckpt.pt")
     try:
-        if path.stat().st_size == 0:
-            raise ValueError("the file is empty")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for key, kind in CHECKPOINT.items():
-            if not isinstance(state, dict) or key not in state:
-                raise ValueError(f"it lacks {key}")
-            if not isinstance(state[key], kind):
-                raise ValueError(f"its {key} is a {type(state[key]).__name__}")
-        Config(**state["config"])
+        missing = {"config", "model", "ema", "step", "args"} - set(state)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        state["config"] = read_config(state["config"])
     except Exception as error:  # the exception class depends on the damage
-        reason = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{path} is not a whole checkpoint of this project ({reason}); "
-            "train.py writes one to --out"
-        ) from None
+        reason = shorten(f"{type(error).__name__}: {error}", 150, placeholder=" ...")
+        raise ValueError(f"{path} is not a checkpoint of train.py ({reason})") from None
     return state
+
+
+def read_config(saved):
+    """A Config from a dictionary. An unknown field means something only if it is not 0 or None."""
+    known = {field.name for field in fields(Config)}
+    unknown = [name for name, value in saved.items() if name not in known and value]
+    if unknown:
+        raise ValueError(f"this network has no {', '.join(unknown)}")
+    return Config(**{name: value for name, value in saved.items() if name in known})
 
 
 def load_checkpoint(path):
@@ -710,25 +478,23 @@ def load_checkpoint(path):
     """
     state = read_checkpoint(path)
     with torch.device("meta"):  # allocates nothing: the checkpoint's tensors become the weights
-        model = CausalDiT(Config(**state["config"]))
-    weights = {name: full_precision(z) for name, z in state["ema"].items()}
-    load_weights(model, weights, path, assign=True)
+        model = CausalDiT(state["config"])
+    load_weights(model, state["ema"], path, assign=True)
     model.run = state["args"]
-    return model.eval().requires_grad_(False)
-
-
-def full_precision(z):
-    """Weights of half precision, as results/pack.py writes them, in float32; others as they are."""
-    return z.float() if torch.is_tensor(z) and z.dtype in (torch.float16, torch.bfloat16) else z
+    return model.float().eval().requires_grad_(False)  # results/*.pt are in half precision
 
 
 def load_weights(model, weights, path, assign=False):
-    """load_state_dict with a one-line ValueError that names the keys that do not fit."""
+    """load_state_dict; a ValueError names what is unknown, missing or of another shape."""
     try:
+        ours = model.state_dict()
+        wrong = [f"unknown {name}" for name in weights if name not in ours]
+        wrong += [f"missing {name}" for name in ours if name not in weights]
+        if wrong:
+            raise ValueError(", ".join(wrong))
         model.load_state_dict(weights, assign=assign)
-    except Exception as error:  # names all keys that are missing, unknown or of another shape
-        wrong = " ".join(str(error).split())
-        wrong = shorten(wrong[wrong.find(":") + 2 :], 600, placeholder=" ...")
+    except Exception as error:  # torch raises RuntimeError for other shapes
+        wrong = shorten(str(error), 400, placeholder=" ...")
         raise ValueError(f"the weights of {path} are not those of this network: {wrong}") from None
 
 
@@ -754,10 +520,12 @@ def load_wan(model, path):
     unknown, missing or of another shape.
     """
     path = Path(path)
-    if (path / "transformer").is_dir():
-        path = path / "transformer"
     pattern = "diffusion_pytorch_model*.safetensors"
-    files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
+    if path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        files = sorted(folder.glob(pattern))
+    else:
+        files = [path]
     if not files:
         raise ValueError(f"{path} has no {pattern}; give a folder that has, or a .pth file")
 
@@ -781,8 +549,7 @@ def read_weights(file):
 
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("generator_ema", state.get("generator", state))
-        return dict(state.items())
+        return dict(state.get("generator_ema", state.get("generator", state)))
     except Exception as error:  # the exception class depends on the library
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        reason = shorten(f"{type(error).__name__}: {error}", 150, placeholder=" ...")
         raise ValueError(f"{file} cannot be read as weights ({reason})") from None

@@ -22,7 +22,6 @@ and `randn`.
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
 
 def add_noise(x, eps, t):
@@ -41,47 +40,18 @@ def logit_normal(*shape, device=None, rng=torch):
     return rng.randn(*shape, device=device).sigmoid()
 
 
-def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch, motion=0.0, past=None):
+def flow_matching_loss(model, x, c, history, time_shift=1.0, rng=torch):
     """Eq. (4): the mean squared error of v to eps - x, with one noise level per frame.
 
     x (B, N, C, height, width): clean frames. history (B, N - 1, C, height, width): the frames that
     x attends to, clean or resampled. The target is the clean x, whatever the history is.
-
-    motion: how much more to weigh pixels that move, see `motion_weight`; 0 gives Eq. (4). past:
-    the frames in which they move, shaped like history; None: history itself. Pass the clean frames
-    for a history with noise, which looks like motion everywhere and hides what moves.
+    time_shift: s of Eq. (7) on these levels.
     """
     t = shift(logit_normal(*x.shape[:2], device=x.device, rng=rng), time_shift).to(x.dtype)
     eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
 
     v = model(add_noise(x, eps, t), t, c, history)
-    error = (v - (eps - x)).square()
-    if motion:
-        error = error * motion_weight(history if past is None else past, motion)
-    return error.mean()
-
-
-def motion_weight(past, amount, reach=4):
-    """Weights of the loss (B, N, 1, height, width), larger where the past was changing.
-
-    past (B, N - 1, C, height, width). The weight of a pixel of frame i is
-    (1 + amount m / mean(m)) / (1 + amount), where m is the largest change within `reach` pixels
-    from frame i - 2 to frame i - 1 of the past, and the mean is over the frame. It is 1 in the
-    first two frames, and where a frame of the past repeats the one before it.
-
-    The weight of frame i must depend only on what the network can see when it predicts frame i, so
-    that the minimizer of the loss, the mean of v, stays where it is. Weighing by the change to
-    frame i itself would favour change: the model then paints copies of what moves.
-    """
-    B, M, _, height, width = past.shape
-    if M < 2:
-        return past.new_ones(B, M + 1, 1, height, width)
-    change = (past[:, 1:] - past[:, :-1]).abs().mean(2)  # (B, N - 2, height, width)
-    change = F.max_pool2d(change, 2 * reach + 1, stride=1, padding=reach)
-    mean = change.mean((2, 3), keepdim=True)
-    relative = torch.where(mean > 1e-6, change / mean.clamp(min=1e-6), 1.0)
-    weight = (1 + amount * relative) / (1 + amount)
-    return F.pad(weight, (0, 0, 0, 0, 2, 0), value=1.0)[:, :, None]
+    return (v - (eps - x)).square().mean()
 
 
 def solve(model, x, t, c, steps, time_shift, history, cache, first):
@@ -131,31 +101,26 @@ def noise_to_t_s(x, s, rng=torch):
 
 
 @torch.no_grad()
-def self_resample(model, x, c, s=0.6, steps=1, rng=torch, given=0):
+def self_resample(model, x, c, s=0.6, steps=1, rng=torch):
     """Algorithm 1, lines 2-9, Eq. (5): replace frames by the model's reconstruction, no gradient.
 
     x (B, N, C, height, width): clean frames. Returns x̃ shaped like x, after one forward per frame
     and Euler step. Training passes x[:, :-1], since no frame attends to the last one.
-
-    given: the first frames that stay clean, as in a continuation; 0 in the paper. Noise erases a
-    thing of a few pixels, and only a frame before it tells where it was. The first frame has none.
     """
     x_ts, t_s = noise_to_t_s(x, s, rng)
-    clean = x[:, :given]
-    frames = rollout(model, x_ts[:, given:], t_s, c, steps, history=clean if given else None)
-    return torch.cat([clean, *frames], dim=1)
+    return torch.cat([x[:, :0], *rollout(model, x_ts, t_s, c, steps)], dim=1)
 
 
 # Teacher forcing and the rows of Table 2: functions of one signature that return a history shaped
 # like x.
 
 
-def teacher_history(model, x, c, s, steps, noise, rng=torch, given=0):
+def teacher_history(model, x, c, s, steps, noise, rng=torch):
     """Teacher forcing: the history is the ground truth, x itself."""
     return x
 
 
-def noise_history(model, x, c, s, steps, noise, rng=torch, given=0):
+def noise_history(model, x, c, s, steps, noise, rng=torch):
     """Table 2, "history noise": add noise to each frame, at a level uniform in [0, noise]."""
     eps = rng.randn(*x.shape, device=x.device, dtype=x.dtype)
     t = noise * rng.rand(*x.shape[:2], device=x.device).to(x.dtype)
@@ -163,27 +128,16 @@ def noise_history(model, x, c, s, steps, noise, rng=torch, given=0):
 
 
 @torch.no_grad()
-def parallel_history(model, x, c, s, steps, noise, rng=torch, given=0):
+def parallel_history(model, x, c, s, steps, noise, rng=torch):
     """Table 2, "parallel resampling": all frames at once on the true history; errors stay apart."""
     x_ts, t_s = noise_to_t_s(x, s, rng)
-    cache = model.cache(*x.shape[:2])
-    frames = solve(
-        model,
-        x_ts[:, given:],
-        t_s,
-        c,
-        steps,
-        time_shift=1.0,
-        history=x[:, :-1],
-        cache=cache,
-        first=given,
-    )
-    return torch.cat([x[:, :given], frames], dim=1)
+    cache = model.cache(*x.shape[:2])  # for the second Euler step and later ones
+    return solve(model, x_ts, t_s, c, steps, 1.0, x[:, :-1], cache, first=0)
 
 
-def resample_history(model, x, c, s, steps, noise, rng=torch, given=0):
+def resample_history(model, x, c, s, steps, noise, rng=torch):
     """Table 2, "autoregressive resampling": frame after frame; errors compound as in generation."""
-    return self_resample(model, x, c, s, steps, rng, given)
+    return self_resample(model, x, c, s, steps, rng)
 
 
 HISTORY = {
@@ -197,8 +151,7 @@ HISTORY = {
 class Guided:
     """Classifier-free guidance with the model's call signature, both branches in one batch.
 
-    v = v_c + (scale - 1) (v_c - v_null): scale 1 returns v_c, larger values
-    follow c more closely.
+    v = v_c + (scale - 1) (v_c - v_null): scale 1 returns v_c, larger values follow c more closely.
     null (L, text_dim) or (1, L, text_dim): condition of the unconditional branch, for instance
     zeros or a negative prompt.
     """
@@ -207,20 +160,19 @@ class Guided:
         self.model = model
         self.null = null
         self.scale = scale
-        self.c = self.both = None
 
     def cache(self, batch, frames, **options):
         return self.model.cache(2 * batch, frames, **options)
 
     def __call__(self, x, t, c, history=None, cache=None, first=0, history_t=None):
-        if self.c is not c:  # the same tensor for the same c: a cache reuses the text's keys
-            self.c, self.both = c, torch.cat([c, self.null.expand_as(c)])
+        x, t, history, history_t = map(twice, (x, t, history, history_t))
+        c = torch.cat([c, self.null.expand_as(c)])
+        levels = [] if history_t is None else [history_t]  # few models take them
 
-        x, t = torch.cat([x, x]), torch.cat([t, t])
-        if history is not None:
-            history = torch.cat([history, history])
-        levels = {} if history_t is None else {"history_t": torch.cat([history_t, history_t])}
-
-        v = self.model(x, t, self.both, history, cache, first, **levels)
-        v_c, v_null = v.chunk(2)
+        v_c, v_null = self.model(x, t, c, history, cache, first, *levels).chunk(2)
         return v_c + (self.scale - 1) * (v_c - v_null)
+
+
+def twice(z):
+    """A batch two times over, (2 B, ...); None stays None."""
+    return None if z is None else torch.cat([z, z])
