@@ -372,7 +372,8 @@ class Videos:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.files))
 
         # a file that turns out to be bad is replaced by the next
-        for file in [self.files[number] for number in np.roll(order, -place)]:
+        for number in np.roll(order, -place):
+            file = self.files[number]
             if file["array"] in self.bad:
                 continue
             rng = np.random.default_rng([self.seed, epoch, place, 1])
@@ -381,7 +382,7 @@ class Videos:
                 return self.load(file, start)
             except (OSError, ValueError, EOFError) as error:
                 self.bad.add(file["array"])
-                warn(f"skipping {file['array']}: {one_line(error)}")
+                print(f"warning: skipping {file['array']}: {one_line(error)}", file=sys.stderr)
         raise ValueError("none of the files can be read any more")
 
     def load(self, file, start):
@@ -453,7 +454,7 @@ def match_sprites(picture, S, wall):
 
     # a pixel votes for the colour it is nearest to, and against all if it is background
     colours = torch.cat([PALETTE, BACKGROUND[None], WALL[None]])
-    distance = (picture[:, None] - colours[..., None, None]).square().sum(2)
+    distance = (picture[:, None] - colours[..., None, None]).square().sum(2)  # (F, K + 2, ...)
     nearest = distance.argmin(1, keepdim=True)
     votes = (distance[:, [K]] - distance[:, :K]) / ENERGY[:, None, None]
     counts = (nearest == K) | (nearest == torch.arange(K)[:, None, None])
@@ -461,7 +462,8 @@ def match_sprites(picture, S, wall):
     if wall:
         votes = votes * ~wall_columns(size)
 
-    # try each shape at four places in a pixel; most votes + soft is the least squared error
+    # try each shape at four places in a pixel: the kernel k with the largest sum of
+    # votes · k + k - k² has the least squared error
     offset = torch.tensor([[0.01, 0.01], [0.01, 0.51], [0.51, 0.01], [0.51, 0.51]])
     half = int(1.3 * radius) + 1
     centre = (half + 0.5 + offset)[:, None].expand(-1, len(SHAPES), -1)
@@ -522,7 +524,8 @@ def judge(sprites, named, size, wall):
 
     named (B, K): see `parse_caption`.
     """
-    low, high = radius_of(size), size - radius_of(size)
+    radius = radius_of(size)
+    low, high = radius, size - radius
     asked = named >= 0
     before = last = torch.full_like(sprites[:, 0, :, :2], torch.nan)  # two positions in a row
     gap = torch.ones_like(named)  # frames since the last one
@@ -545,9 +548,9 @@ def judge(sprites, named, size, wall):
 
         # the wall or a visible sprite may hide one at its predicted position
         others = at.masked_fill(~seen[..., None], torch.inf)
-        hidden = torch.cdist(predicted[0], others).amin(2) < 0.7 * low
+        hidden = torch.cdist(predicted[0], others).amin(2) < 0.7 * radius
         if wall:
-            hidden |= (predicted[0, ..., 0] - size / 2).abs() < WALL_HALF * size + 0.3 * low
+            hidden |= (predicted[0, ..., 0] - size / 2).abs() < WALL_HALF * size + 0.3 * radius
         missing = asked & ~seen & ~hidden
 
         temporal = straight.masked_fill(~seen, torch.nan).masked_fill(missing & (t > 1), 0)
@@ -735,7 +738,7 @@ def own_rate(path):
 
 
 def player(stream, frame, size, fps):
-    """What shows a stream's frames: ffmpeg's filters, and then a function that turns pictures."""
+    """Build ffmpeg's filters for a stream's frames, and the function that turns their pictures."""
     quarters = round(frame.rotation / 90)
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX") or bytes(36)
@@ -865,7 +868,7 @@ def read_caption(path):
 
 
 def warn(message):
-    """Print a warning, of several processes in the first alone."""
+    """Print a warning of what all processes see, in the first alone."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr)
 
@@ -1026,8 +1029,7 @@ def run_main(main):
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun adds a page of its own
-            print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1062,8 +1064,8 @@ def main(argv):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             encode_video(wan, path, out, args.size, args.frames, args.fps)
-        except ValueError as error:
-            warn(f"skipping {path}: {one_line(error)}")
+        except (ValueError, av.FFmpegError) as error:
+            print(f"warning: skipping {path}: {one_line(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

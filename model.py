@@ -110,7 +110,7 @@ def modulate(x, shift, scale):
 
 
 def split_heads(z, heads):
-    """(B, ..., D) -> (B, H, ..., E); einops takes as long as the attention of a small model."""
+    """(B, ..., D) -> (B, H, ..., E); einops is slow at this size."""
     return z.unflatten(-1, (heads, -1)).movedim(-2, 1)
 
 
@@ -337,8 +337,8 @@ class CausalDiT(nn.Module):
     def cache(self, batch, frames, window=None, sink=0):
         """Make an empty cache for `batch` videos of up to `frames` frames.
 
-        window: keep only the first `sink` and the last window - sink frames, of any number;
-        without one, or with one as long as `frames`, nothing is evicted.
+        window: of any number of frames, keep the first `sink` and the last window - sink. Without
+        one, or with one as long as `frames`, nothing is evicted.
         """
         return Cache(self.config.layers, batch, frames, window, sink)
 
@@ -370,9 +370,9 @@ class CausalDiT(nn.Module):
 
 
 class Cache:
-    """Keys, before RoPE, and values of finished frames in each layer; the position of a frame is
-    its place.
+    """Keys and values of finished frames in each layer.
 
+    Keys are kept before RoPE, and a frame's position is its index in the cache.
     A pass writes its history and its noisy frames behind the finished ones, so that attention
     reads [cached | history | noisy] as a view; then `length` grows by the history, and the next
     pass overwrites the noisy frames. With a window the first `sink` frames and the last ones are
@@ -395,7 +395,7 @@ class Cache:
         self.kv = None  # (2, layers, B, H, places, P, E)
 
     def make_room(self, n):
-        """Evict what does not fit beside n frames of history; return which of these to compute."""
+        """Evict frames to fit n more; return the indices of those of the n that stay at all."""
         total = self.length + n
         excess = max(0, total - self.frames)
         if excess and not self.evicts:
@@ -407,7 +407,9 @@ class Cache:
         old = [i for i in kept if i < self.length]
         new = [i - self.length for i in kept if i >= self.length]
         if len(old) < self.length:
-            self.kv[:, :, :, :, : len(old)] = self.kv[:, :, :, :, old]
+            for layer in range(self.layers):  # one at a time, to copy little at once
+                kv = self.kv[:, layer]
+                kv[:, :, :, : len(old)] = kv[:, :, :, old]
         self.length = len(old)
         self.evicted += excess
         return new
@@ -463,7 +465,7 @@ def read_checkpoint(path):
 
 
 def read_config(saved):
-    """A Config from a dictionary. An unknown field means something only if it is not 0 or None."""
+    """A Config from a dictionary. Unknown fields are ignored if falsy, else a ValueError."""
     known = {field.name for field in fields(Config)}
     unknown = [name for name, value in saved.items() if name not in known and value]
     if unknown:

@@ -1,7 +1,8 @@
 """Resampling Forcing (arXiv 2512.15702): train a video model to continue its own, imperfect frames.
 
 Time runs one way: t = 0 is a clean frame, t = 1 is noise, and the network predicts the velocity
-v = eps - x. Everything here needs one call of the network and one method:
+v = eps - x. Eq. (7) is used three times: `s` shifts the t_s of the history, `time_shift` the t of
+the loss, and another one the times of the solver. All needs one call of the network and one method:
 
     v = model(x, t, c, history=None, cache=None, first=0)
     cache = model.cache(batch, frames)
@@ -129,7 +130,7 @@ def noise_history(model, x, c, s, steps, noise, rng=torch):
 
 @torch.no_grad()
 def parallel_history(model, x, c, s, steps, noise, rng=torch):
-    """Table 2, "parallel resampling": all frames at once on the true history; errors stay apart."""
+    """Table 2, "parallel resampling": all frames at once on the true history; no errors add up."""
     x_ts, t_s = noise_to_t_s(x, s, rng)
     cache = model.cache(*x.shape[:2])  # for the second Euler step and later ones
     return solve(model, x_ts, t_s, c, steps, 1.0, x[:, :-1], cache, first=0)
@@ -167,7 +168,7 @@ class Guided:
     def __call__(self, x, t, c, history=None, cache=None, first=0, history_t=None):
         x, t, history, history_t = map(twice, (x, t, history, history_t))
         c = torch.cat([c, self.null.expand_as(c)])
-        levels = [] if history_t is None else [history_t]  # few models take them
+        levels = [] if history_t is None else [history_t]  # of diffusion forcing alone
 
         v_c, v_null = self.model(x, t, c, history, cache, first, *levels).chunk(2)
         return v_c + (self.scale - 1) * (v_c - v_null)

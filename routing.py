@@ -115,12 +115,12 @@ def attend(q, k, v, past, own, top_k=None):
 def attend_by_row(q, k, v, past, own, top_k=None):
     """`attend`, a row at a time on the frames that it sees: on a CPU, and in dense rollouts.
 
-    Dense rows need no mask. One call with a mask makes a training step on a CPU 1.6 x as long with
-    64 tokens a frame, and as long with 16.
+    Dense rows need no mask. On a CPU one call with a mask makes a training step take 1.6 x the time
+    at 64 tokens a frame, and as long at 16.
     """
     P = k.shape[3]
     routed = None if top_k is None else visible(q, k, past, own, top_k)
-    # unbind once: the gradient of a slice is as large as the whole tensor
+    # frames apart are joined from these: the gradient of an index is as large as the whole tensor
     q_frames, k_frames, v_frames = q.unbind(2), k.unbind(2), v.unbind(2)
 
     out = []
@@ -137,7 +137,7 @@ def attend_by_row(q, k, v, past, own, top_k=None):
 def tokens_of(z, frames, columns):
     """The tokens of some columns, (B, H, S, P, E) -> (B, H, columns · P, E); frames: z.unbind(2).
 
-    Consecutive columns are a view, so that a rollout never copies its cache.
+    Consecutive columns are a view: a rollout's rows copy nothing.
     """
     first, last = columns[0], columns[-1]
     if last - first + 1 == len(columns):

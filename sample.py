@@ -51,6 +51,7 @@ from model import load_checkpoint
 from rf import Guided, rollout
 
 FIRST_STEPS = 16  # Euler steps, at least, of a first frame that has no history to follow
+GIVEN = 2  # true frames of the model that held-out clips continue
 
 
 def generate(
@@ -75,7 +76,7 @@ def generate(
     branch (None: zeros); guidance is skipped where c is all zero, as its branches would be the
     same. Noise is drawn on the CPU: a seed draws the same on every device.
     """
-    noise = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     ends = [start for start, _ in texts[1:]] + [frames]
     done = given
 
@@ -86,8 +87,10 @@ def generate(
 
         while done.shape[1] < end:
             there = done.shape[1]
-            new, n = (end - there, steps) if there else (1, max(steps, FIRST_STEPS))
-            x = torch.randn(len(given), new, *given.shape[2:], generator=noise).to(given.device)
+            new, n = end - there, steps
+            if there == 0:
+                new, n = 1, max(steps, FIRST_STEPS)
+            x = torch.randn(len(given), new, *given.shape[2:], generator=rng).to(given.device)
             t = torch.ones(len(given), device=given.device)
             cache = guided.cache(len(given), there + new, window=window, sink=sink)
             made = []
@@ -107,8 +110,9 @@ def main(argv):
     model = open_model(args, *args.checkpoint)
     settings, chunk = sampler(args, model), model.config.chunk
     wan = Wan(args.wan, args.device) if args.wan else None
-    decode, rate = (wan.decoder(), 16) if wan else (torch.Tensor.cpu, model.run["rate"])
+    decode = wan.decoder() if wan else torch.Tensor.cpu
     null = wan.text([Wan.NEGATIVE]).to(args.device) if wan else None
+    rate = 16 if wan else model.run["rate"]
 
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.samples)]
     given = read_given(args, model, wan).expand(len(prompts), -1, -1, -1, -1).to(args.device)
@@ -118,12 +122,12 @@ def main(argv):
     paths = name_files(args, prompts)
 
     began, written = time.perf_counter(), 0
-    with ExitStack() as stack, autocast(model, args.device):
+    with ExitStack() as stack, autocast(model.run["precision"], args.device):
         files = [stack.enter_context(writer(path, rate)) for path in paths]
         known = (given[:, [i]] for i in range(given.shape[1]))
         made = generate(model, texts, given, length // chunk, null=null, **settings)
         for frame in tqdm(chain(known, made), "frames", length // chunk):
-            video = decode(unfold(frame, chunk).cpu())  # (B, T, 3, height, width)
+            video = decode(unfold(frame, chunk))  # (B, T, 3, height, width), on the CPU
             for write, clip in zip(files, video):
                 write(clip)
                 written += len(clip)
@@ -181,7 +185,7 @@ def compare(args):
         args.frames = args.frames or 4 * model.run["frames"]
         check_length(args, args.frames, GIVEN, model.config.chunk)
         settings = sampler(args, model)
-        with autocast(model, args.device):
+        with autocast(model.run["precision"], args.device):
             truth, made = continue_held_out(model, args.frames, args.samples, **settings)
         if not torch.equal(rows.setdefault("truth", truth[:4]), truth[:4]):
             raise ValueError(f"{path} was trained on other sprites than {args.checkpoint[0]}")
@@ -199,8 +203,7 @@ def compare(args):
 
 # ---- machinery: the sampler, held-out clips, flags, file names, pictures ----
 
-GIVEN = 2  # true frames of the model that held-out clips continue
-BATCH = 16  # of these clips
+BATCH = 16  # held-out clips that are continued at once
 BOX = Path(__file__).parent / "results" / "resample.pt"
 HISTORY_NAMES = {
     "teacher": "teacher forcing",
@@ -223,7 +226,7 @@ def default_sampler(model):
     run, config = model.run, model.config
     kind = "sprites" if run["data"] in WORLDS else "videos" if run["words"] else "latents"
     window = run["frames"] // config.chunk - 1
-    if config.window:  # a frame's keys are computed a pass later, with `window` frames in sight
+    if config.window:  # keys of a frame are computed a pass later, from `window` frames before it
         window = min(window, config.window + 1)
     return SAMPLERS[kind] | {"window": window or None}
 
@@ -325,8 +328,8 @@ def parse(argv):
     add("--out", type=Path,
         help="a folder, or a .mp4 or .gif file, which is replaced (default: samples/ of the run)")
     add("--frames", type=number(int, 1),
-        help="length, given frames included (default: twice the training clips more than these; "
-             "--eval: four times)")
+        help="length, given frames included, of a model of latents in latents (default: twice the "
+             "training clips more than is given; --eval: four times)")
     add("--steps", type=number(int, 1),
         help="Euler steps per frame, Eq. (2) (default: 4 for sprites, 16 for videos, 32 for "
              "latents)")
@@ -416,10 +419,9 @@ def open_model(args, path):
     return model
 
 
-def autocast(model, device):
-    """bf16 autocast if the run was trained with --precision bf16, else a context without effect."""
-    enabled = model.run["precision"] == "bf16"
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
+def autocast(precision, device):
+    """The context of the network's passes at a --precision: bf16 autocast, or none."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def latest_run():

@@ -2030,7 +2030,7 @@ def test_the_last_table_is_that_of_eval(trained, tmp_path, capsys):
 
 def test_pictures_continue_two_frames_with_the_sampler_and_window_of_the_run(trained):
     net, clips = load_checkpoint(trained), Sprites(8, 9, split="test")
-    videos = train.continued(net, clips, 9, Namespace(frames=4))
+    videos = train.continue_some(net, clips, 9, Namespace(frames=4, words=["a"]))
     truth, c = (torch.stack(z) for z in zip(*(clips[i] for i in range(4))))
     wanted = sample.generate(net, [(0, c)], truth[:, :2], 9, 4, 10.0, 1.5, window=3)
     assert torch.equal(videos["truth"], truth)
@@ -2517,7 +2517,7 @@ def test_the_default_model_is_the_latest_run_or_the_one_in_the_box(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_sampling_follows_the_precision_of_training(precision):
-    with sample.autocast(Namespace(run={"precision": precision}), "cpu"):
+    with sample.autocast(precision, "cpu"):
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
 
 

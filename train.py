@@ -18,7 +18,7 @@ import math
 import os
 import signal
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import count
@@ -56,10 +56,13 @@ from data import (
 from model import PRESETS, CausalDiT, load_checkpoint, load_wan, load_weights, read_checkpoint
 from rf import HISTORY, flow_matching_loss
 from sample import (
+    GIVEN,
     HISTORY_NAMES,
+    autocast,
     continue_clips,
     continue_held_out,
     default_sampler,
+    held_out,
     latest_run,
     measure_held_out,
     metrics_table,
@@ -96,7 +99,7 @@ def main(argv):
             rows = slice(part, None, args.accumulate)
             last = part + 1 == args.accumulate
             rng = ClipNoise(args.seed, indices[rows], device)
-            with autocast(args, device), exchange_gradients(averaged, last):
+            with autocast(args.precision, device), exchange_gradients(averaged, last):
                 # Algorithm 1, line 1: sample video and text; drop some texts, for guidance
                 x = fold(videos[rows], config.chunk)  # (B, N, chunk · C, height, width)
                 kept = rng.rand(len(x), device=device) >= args.drop
@@ -104,8 +107,15 @@ def main(argv):
 
                 # Algorithm 1, lines 2-9, Eqs. (5)-(7): resample the history, no gradient
                 with keep_unsharded(net):
-                    s, steps, noise = args.shift, args.resample_steps, args.noise
-                    history = make_history(net, x[:, :-1], c, s, steps, noise, rng)
+                    history = make_history(
+                        net,
+                        x[:, :-1],
+                        c,
+                        s=args.shift,
+                        steps=args.resample_steps,
+                        noise=args.noise,
+                        rng=rng,
+                    )
 
                 # lines 10-12, Eqs. (3), (4): draw t per frame, add noise, compare v with eps - x
                 part_loss = flow_matching_loss(averaged, x, c, history, args.time_shift, rng)
@@ -137,7 +147,7 @@ def main(argv):
             break
 
     bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    restore_signals()
     if rank == 0:
         report(args, data, done, device)
     del averaged  # it holds the group of processes
@@ -232,8 +242,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each matrix is made nearly orthogonal (arXiv 2502.16982).
 
     It is scaled to be as large as one of AdamW. torch.optim.Muon iterates in bfloat16, which is
-    slow on a CPU without instructions for it, and whose rounding drives runs on one process and on
-    two apart.
+    slow on a CPU without instructions for it, and makes runs on one process and on two diverge.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -364,7 +373,14 @@ PAPER = {  # defaults of --preset wan-...
     "decay": "constant",
     "recompute": True,
 }
-OF_THE_CALL = ("out", "init", "resume", "device", "compile", "fsdp")  # and not of the run
+OF_THE_CALL = (
+    "out",
+    "init",
+    "resume",
+    "device",
+    "compile",
+    "fsdp",
+)  # flags that --resume does not restore
 
 
 def parse(argv):
@@ -505,9 +521,9 @@ def catch_signals():
     return caught
 
 
-def autocast(args, device):
-    """Context: the --precision of the network's passes."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+def restore_signals():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def open_training_data(args):
@@ -657,8 +673,7 @@ def open_folder(args, start, rank):
     """Make the run's folder and cut its log back to step `start`. Returns its path."""
     out = args.out
     if rank == 0:
-        numbered = (Path(f"runs/{n:03d}") for n in count(1))
-        out = out or next(path for path in numbered if not path.exists())
+        out = out or new_folder()
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(flags_of(args), indent=1))
         cut_log(out / "log.jsonl", start)
@@ -667,6 +682,15 @@ def open_folder(args, start, rank):
         dist.broadcast_object_list(shared)
         (out,) = shared
     return out
+
+
+def new_folder():
+    """Make the first of runs/001, runs/002, ... that does not exist."""
+    for n in count(1):
+        path = Path(f"runs/{n:03d}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 
 def cut_log(path, step):
@@ -697,31 +721,33 @@ def print_start(args, net, world, device, start):
     )
 
 
-def continued(net, clips, frames, args):
-    """Continue four clips. Returns {"truth": (4, T, C, height, width), "continued": ...}."""
-    truth, c = (
-        z.to(net.head.modulation.device) for z in default_collate([clips[i] for i in range(4)])
-    )
-    given = min(2, args.frames // net.config.chunk - 1)
-    made = continue_clips(net, truth, c, frames, given, **default_sampler(net))
-    return {"truth": truth.cpu(), "continued": made}
+def continue_some(net, clips, frames, args):
+    """Continue four clips, or one of latents. Returns {"truth": (B, T, ...), "continued": ...}."""
+    count = 1 if args.words is None else 4  # the cache of latents is large
+    truth, c = default_collate([clips[i] for i in range(count)])
+    device = net.head.modulation.device
+    given = min(GIVEN, args.frames // net.config.chunk - 1)
+    settings = default_sampler(net)
+    made = continue_clips(net, truth.to(device), c.to(device), frames, given, **settings)
+    return {"truth": truth, "continued": made}
 
 
 @torch.no_grad()
 def log_samples(args, data, step, device):
     """Draw continued clips, truth above them, and log the loss of 16 under teacher forcing."""
-    held_out = args.data in WORLDS  # of a folder no clip is
-    clips = open_data(args, "test") if held_out else data
     net = load_checkpoint(args.out).to(device)
+    clips, name = data, "clip_loss"  # a folder holds out none
+    if args.data in WORLDS:
+        clips, name = held_out(net.run, args.frames), "held_out_loss"
+
     losses = []
-    with autocast(args, device):
-        videos = continued(net, clips, args.frames, args)
+    with autocast(args.precision, device):
+        videos = continue_some(net, clips, args.frames, args)
         for i in range(16):
             video, c = (z[None].to(device) for z in clips[i])
             x, rng = fold(video, net.config.chunk), ClipNoise(0, [i], device)
             losses.append(flow_matching_loss(net, x, c, x[:, :-1], args.time_shift, rng).item())
-    write_comparison(args.out / "samples" / f"step_{step:06d}.gif", videos, clips.fps)
-    name = "held_out_loss" if held_out else "clip_loss"
+    write_comparison(args.out / "samples" / f"step_{step:06d}.gif", videos, data.fps)
     write_log(args.out, {"step": step, name: float(np.mean(losses))})
 
 
@@ -733,30 +759,32 @@ def report(args, data, step, device):
     net = load_checkpoint(args.out).to(device)
     several = args.frames > net.config.chunk  # a clip of one frame has nothing to continue
     frames = 4 * args.frames if several else args.frames
-    path = args.out / "samples" / "final.gif"
-    prompt = ""
-    with autocast(args, device):
-        if args.data in WORLDS and several:
-            truth, made = continue_held_out(net, frames, 16, **default_sampler(net))
-            videos = {"truth": truth[:4], HISTORY_NAMES[args.history]: made[:4]}
-        else:
-            videos = continued(net, data, frames, args)
     if args.data in WORLDS and several:
+        with autocast(args.precision, device):
+            truth, made = continue_held_out(net, frames, 16, **default_sampler(net))
         print("16 held-out clips continued from two frames; 100 is perfect:")
         print(metrics_table(measure_held_out(net, made)))
-        prompt = f' "{data.caption(0)}"'
+        videos = {"truth": truth[:4], HISTORY_NAMES[args.history]: made[:4]}
+    else:
+        with autocast(args.precision, device):
+            videos = continue_some(net, data, frames, args)
+    path = args.out / "samples" / "final.gif"
     write_comparison(path, videos, data.fps)
 
-    entries = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-    times = {}
-    for entry in entries:
-        if "history" in entry:
-            times.setdefault(entry["history"], []).append(entry["seconds"])
-    medians = [
-        f"{name.removesuffix('_history')} {1000 * np.median(z):.0f} ms" for name, z in times.items()
-    ]
-    print(f"median step: {', '.join(medians)}; look at {path}, then try")
+    prompt = f' "{data.caption(0)}"' if args.data == "sprites" else ""
+    print(f"median step: {median_steps(args.out)}; look at {path}, then try")
     print(f"  python sample.py{prompt} --checkpoint {args.out}")
+
+
+def median_steps(out):
+    """The median time of a step with each history, from the log, as a text."""
+    seconds = {}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "history" in entry:
+            name = entry["history"].removesuffix("_history")
+            seconds.setdefault(name, []).append(entry["seconds"])
+    return ", ".join(f"{name} {1000 * np.median(z):.0f} ms" for name, z in seconds.items())
 
 
 def leave_processes():

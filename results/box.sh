@@ -12,5 +12,6 @@ wait
 
 for history in teacher resample; do python results/pack.py $runs/$history-0 results/$history.pt; done
 python results/evidence.py measure results/box.json results/{teacher,resample}.pt
-python results/evidence.py measure results/long.json --frames 1000 --videos 16 results/{teacher,resample}.pt
-python sample.py --compare results/teacher.pt results/resample.pt --frames 150 --videos 4 --out $runs/compare.gif
+python results/evidence.py baselines results/long.json --frames 1000 --samples 16
+python results/evidence.py measure results/long.json --frames 1000 --samples 16 results/{teacher,resample}.pt
+python sample.py --eval --checkpoint results/{teacher,resample}.pt --frames 150 --samples 4 --out $runs/compare.gif

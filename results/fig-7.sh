@@ -4,7 +4,7 @@
 seed=${1:?which seed?}
 runs=${2:-runs/fig-7}
 
-world="--objects 1 --wall --withheld 1 --frames 12"
+world="--data hidden --objects 1 --frames 12"
 row $runs/warm-$seed $train --seed $seed $world --history teacher --warmup 4000 --steps 4000 --decay constant --lr 5e-3 --muon-lr 0.015
 more="$train --seed $seed $world --init $runs/warm-$seed --warmup 0 --steps 1800 --lr 5e-3 --muon-lr 0.015"
 row $runs/dense-$seed $more

@@ -6,6 +6,5 @@ init=${2:-runs/table-1/ours-1}
 
 for k in 1 3 5; do
     row $runs/top-$k $train --init $init --warmup 0 --steps 300 --lr 2e-3 --muon-lr 5e-3 --top-k $k
-    python sample.py "red circle and blue square" --checkpoint $runs/top-$k --frames 10 --window 0 --samples 16 --routing --out $runs/pictures-$k/
-    cp $runs/pictures-$k/routing.png results/fig-8-$k.png
+    python results/fig_8.py $runs/top-$k results/fig-8-$k.png
 done

@@ -15,9 +15,10 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Sprites, fold
+from data import Parser, fold, number, run_main
+from model import load_checkpoint
 from rf import add_noise, self_resample
-from sample import load_run, new_parser, positive_int, run_main
+from sample import held_out
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
@@ -36,18 +37,14 @@ def losses_by_level(model, x, c, history, seed=0):
 
 
 def main(argv):
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__, "%(prog)s RUN [flags]")
     parser.add_argument("run", type=Path, help="a run of train.py on sprites")
-    parser.add_argument("--videos", type=positive_int, default=64, help="default: %(default)s")
+    parser.add_argument("--samples", type=number(int, 1), default=64, help="default: %(default)s")
     args = parser.parse_args(argv)
-    model = load_run(args.run)
-    run = model.run
-    if run["data"] != "sprites":
-        raise ValueError(f"{args.run} was trained on {run['data']}; wanted a run on sprites")
+    model = load_checkpoint(args.run)
 
-    flags = (run["objects"], run["wall"], run["withheld"])
-    test = Sprites(run["size"], run["frames"], 0, "test", *flags)
-    videos, c = default_collate([test[i] for i in range(args.videos)])
+    clips = held_out(model.run, model.run["frames"])
+    videos, c = default_collate([clips[i] for i in range(args.samples)])
     x = fold(videos, model.config.chunk)
     torch.manual_seed(0)
     histories = {"true": x[:, :-1], "resampled": self_resample(model, x[:, :-1], c)}
@@ -58,4 +55,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
+    run_main(main)

@@ -7,41 +7,40 @@ be named ckpt.pt). It holds no optimizer state, so that --resume refuses it.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import replacing
+from data import Parser, replacing, run_main
 from model import read_checkpoint
-from sample import new_parser, path_type, run_main
-
-DROPPED = ("out", "init", "resume", "dry_run", "device")  # flags that only concern where it ran
+from train import OF_THE_CALL
 
 
 def pack(run, path):
     """Write the packed checkpoint of a run to path. Raises ValueError if there is no such run."""
     state = read_checkpoint(run)
     packed = {
-        "config": state["config"],
+        "config": asdict(state["config"]),
         "model": {},
         "ema": {name: z.half() for name, z in state["ema"].items()},
         "step": state["step"],
-        "args": {name: value for name, value in state["args"].items() if name not in DROPPED},
+        "args": {name: z for name, z in state["args"].items() if name not in OF_THE_CALL},
     }
     with replacing(path) as part:
         torch.save(packed, part)
 
 
 def main(argv):
-    parser = new_parser(__doc__)
-    parser.add_argument("run", type=path_type, help="a run's folder, or its ckpt.pt")
-    parser.add_argument("path", type=path_type, help="the file to write")
+    parser = Parser(__doc__, "%(prog)s RUN FILE")
+    parser.add_argument("run", type=Path, help="a run's folder, or its ckpt.pt")
+    parser.add_argument("path", type=Path, help="the file to write")
     args = parser.parse_args(argv)
     pack(args.run, args.path)
     print(f"{args.path}: {args.path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
+    run_main(main)

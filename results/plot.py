@@ -18,37 +18,34 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data import Parser, run_main
 from results.evidence import (
     COLUMNS,
     RESULTS,
     means_and_errors,
-    on_true_history,
     read_rows,
     scores_of,
+    true_history_of,
 )
-from sample import new_parser, run_main
 
 TRAINED = 10  # frames of a training clip; 12 in fig-7.json
 SMOOTH = 5
 HISTORIES = {  # row of table-1.json: label, colour, marker, line width
     "nova": ("teacher forcing", "#d62728", "s", 1.4),
-    "pyramid-flow": ("noise", "#d68a00", "^", 1.4),
+    "pyramid-flow": ("history noise", "#d68a00", "^", 1.4),
     "parallel": ("parallel resampling", "#3a76c4", "D", 1.4),
     "ours": ("resampling forcing", "#157f3b", "o", 2.4),
 }
-RIVALS = {  # the nine rows of Table 1, under their own names
-    name: (name, *style)
-    for name, style in {
-        "nova": ("#d62728", "s", 1.2),
-        "pyramid-flow": ("#d68a00", "^", 1.2),
-        "skyreels": ("#8c564b", "v", 1.2),
-        "magi": ("#7f7f7f", "<", 1.2),
-        "causvid": ("#e377c2", ">", 1.2),
-        "self-forcing": ("#9467bd", "P", 1.2),
-        "longlive": ("#3a76c4", "D", 1.2),
-        "ours-routed": ("#111111", "X", 2.0),
-        "ours": ("#157f3b", "o", 2.4),
-    }.items()
+RIVALS = {  # the rows of Table 1
+    "nova": ("teacher forcing", "#d62728", "s", 1.2),
+    "pyramid-flow": ("history noise", "#d68a00", "^", 1.2),
+    "skyreels": ("diffusion forcing", "#8c564b", "v", 1.2),
+    "magi": ("pipelined diffusion forcing", "#7f7f7f", "<", 1.2),
+    "causvid": ("DMD on real clips", "#e377c2", ">", 1.2),
+    "self-forcing": ("DMD on rollouts", "#9467bd", "P", 1.2),
+    "longlive": ("DMD on long rollouts", "#3a76c4", "D", 1.2),
+    "ours-routed": ("resampling, routed", "#111111", "X", 2.0),
+    "ours": ("resampling", "#157f3b", "o", 2.4),
 }
 MODELS = {  # row of long.json
     "teacher": HISTORIES["nova"],
@@ -77,32 +74,26 @@ def smooth(curve, width):
 
 
 def draw_curves(
-    plt,
-    rows,
-    styles,
-    path,
-    width,
-    baselines=BASELINES,
-    true_history=True,
-    trained=TRAINED,
-    bands=True,
-    lowest=0,
+    plt, rows, styles, path, width=SMOOTH, alone=False, bands=True, trained=TRAINED, lowest=0
 ):
     """One panel for each metric: score against frame, smoothed over `width` frames.
 
-    styles and baselines: as HISTORIES and BASELINES. true_history: draw the dashed lines. trained:
-    frames of a training clip, for the mark. bands: draw the spread of the seeds. lowest: score at
-    the bottom. Raises ValueError if a row is not measured.
+    styles: as HISTORIES. alone: draw neither BASELINES nor the curves on true history. bands: draw
+    the spread of the seeds. trained: frames of a training clip, for the mark. lowest: score at the
+    bottom. Raises ValueError if a row is not measured.
     """
+    baselines = {} if alone else BASELINES
     missing = [name for name in (*styles, *baselines) if name not in rows]
     if missing:
         raise ValueError(f"{path.name} needs the rows {', '.join(missing)}; run their script first")
-    frames = scores_of(rows[next(iter(styles))]).shape[1]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
     for axis, (metric, column) in zip(axes, COLUMNS.items()):
-        for name, (label, colour, marker, thickness) in styles.items():
-            style = {"color": colour, "linewidth": thickness, "label": label}
-            draw_row(axis, rows[name], column, width, style, marker, true_history, bands)
+        for name, style in styles.items():
+            draw_row(axis, rows[name], column, width, style, bands)
+            on_truth = true_history_of(rows[name])
+            if on_truth and not alone:
+                curve = smooth(scores_of(on_truth).nanmean(0)[:, column].numpy(), width)
+                axis.plot(curve, color=style[1], linewidth=0.9, linestyle="--")
         for name, (label, dashes) in baselines.items():
             curve = smooth(scores_of(rows[name])[0, :, column].numpy(), width)
             axis.plot(curve, color="#555555", linewidth=1, linestyle=dashes, label=label)
@@ -110,52 +101,45 @@ def draw_curves(
         axis.axvline(trained, color="#999999", linewidth=0.8)
         axis.set_title(metric, loc="left", fontsize=11)
         axis.set_xlabel("frame")
-        axis.set_xlim(0, frames - 1)
+        axis.set_xlim(0, scores_of(rows[name]).shape[1] - 1)
         axis.set_ylim(lowest, 102)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelleft=True)
     axes[0].set_ylabel("score, 100 is perfect")
-    if true_history and any(on_true_history(rows[name]) for name in styles):
+    if not alone and any(true_history_of(rows[name]) for name in styles):
         axes[0].plot([], [], color="#555555", linewidth=0.9, linestyle="--", label="true history")
     axes[0].text(trained, lowest + 7, " training clips end", fontsize=8, color="#777777")
     lines, labels = axes[0].get_legend_handles_labels()
+    columns = len(lines) if len(lines) < 8 else 5
     figure.legend(lines, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98),
-                  ncols=len(lines), columnspacing=1.2, frameon=False, fontsize=9)  # fmt: skip
+                  ncols=columns, columnspacing=1.2, frameon=False, fontsize=9)  # fmt: skip
     save(figure, path)
 
 
-def draw_row(axis, seeds, column, width, style, marker, true_history, band):
-    """Mean over the seeds, perhaps with its band, and dashed the same on true history."""
+def draw_row(axis, seeds, column, width, style, band):
+    """Mean over the seeds, perhaps with its band."""
+    label, colour, marker, thickness = style
     curves = [smooth(scores[:, column].numpy(), width) for scores in scores_of(seeds)]
     mean, spread = np.mean(curves, 0), np.std(curves, 0, ddof=min(1, len(curves) - 1))
     x = np.arange(len(mean))
-    axis.plot(x, mean, marker=marker, markersize=5, markevery=len(x) // 5, **style)
+    look = {"color": colour, "linewidth": thickness, "marker": marker, "markersize": 5}
+    axis.plot(x, mean, label=label, markevery=len(x) // 5, **look)
     if band:
         low, high = mean - spread, mean + spread
-        axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-
-    on_truth = on_true_history(seeds)
-    if true_history and on_truth:
-        curve = smooth(scores_of(on_truth).nanmean(0)[:, column].numpy(), width)
-        axis.plot(x, curve, color=style["color"], linewidth=0.9, linestyle="--")
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_shift(plt, rows, path):
     """Scores of the last third against s, with the standard errors of `means_and_errors`."""
     figure, axis = plt.subplots(figsize=(5, 3.2))
-    points = sorted(
-        (float(name.removeprefix("s-")), name) for name in rows if name.startswith("s-")
-    )
+    names = sorted((name for name in rows if name.startswith("s-")), key=lambda s: float(s[2:]))
+    shifts = [float(name[2:]) for name in names]
+    means, errors = zip(*(means_and_errors(rows[name]) for name in names))
     for (metric, column), marker in zip(COLUMNS.items(), "os^"):
-        means, errors = zip(*(means_and_errors(rows[name]) for _, name in points))
-        axis.errorbar(
-            [s for s, _ in points],
-            [mean[2, column] for mean in means],
-            [error[2, column] for error in errors],
-            marker=marker, capsize=3, label=metric,
-        )  # fmt: skip
+        mean, error = ([z[2, column] for z in parts] for parts in (means, errors))
+        axis.errorbar(shifts, mean, error, marker=marker, capsize=3, label=metric)
     axis.set_xscale("log")
-    axis.set_xticks([s for s, _ in points], [f"{s:g}" for s, _ in points])
+    axis.set_xticks(shifts, [f"{s:g}" for s in shifts])
     axis.minorticks_off()
     axis.set_xlabel("s of Eq. (7) for t_s; larger: more of the history is redrawn")
     axis.set_ylabel("score, last third of 100 frames")
@@ -170,7 +154,7 @@ def save(figure, path):
 
 
 def main(argv):
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: results/)")
     out = parser.parse_args(argv).out
     try:
@@ -181,17 +165,14 @@ def main(argv):
     except ImportError:
         raise ValueError("plot.py needs `pip install matplotlib`") from None
 
-    table_1 = read_rows(RESULTS / "table-1.json")
-    draw_curves(plt, table_1, HISTORIES, out / "drift.png", SMOOTH)
+    rows = {name: read_rows(RESULTS / f"{name}.json") for name in ("table-1", "long", "fig-7")}
+    draw_curves(plt, rows["table-1"], HISTORIES, out / "drift.png")
     path = out / "rivals.png"
-    only = {"baselines": {}, "true_history": False}
-    draw_curves(plt, table_1, RIVALS, path, SMOOTH, **only, bands=False, lowest=40)
-    draw_curves(plt, read_rows(RESULTS / "long.json"), MODELS, out / "long.png", 9 * SMOOTH)
+    draw_curves(plt, rows["table-1"], RIVALS, path, alone=True, bands=False, lowest=40)
+    draw_curves(plt, rows["long"], MODELS, out / "long.png", 9 * SMOOTH)
     draw_shift(plt, read_rows(RESULTS / "fig-6.json"), out / "fig-6.png")
-    path = out / "fig-7.png"
-    fig_7 = read_rows(RESULTS / "fig-7.json")
-    draw_curves(plt, fig_7, MEMORY, path, SMOOTH, **only, trained=12)
+    draw_curves(plt, rows["fig-7"], MEMORY, out / "fig-7.png", alone=True, trained=12)
 
 
 if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
+    run_main(main)

@@ -4,8 +4,8 @@
   python results/rivals.py self-forcing --init runs/t1/warm-0 --teacher runs/t1/real-0 \
 --out runs/t1/self-forcing-0
 
-Each row is named after the system whose principle it follows; none is that system. The rows NOVA
-(--history teacher), Pyramid Flow (--history noise --noise 0.333) and ours are runs of train.py.
+A row follows the principle of one system, and is not that system. Teacher forcing (after NOVA),
+history noise (after Pyramid Flow) and resampling are runs of train.py.
 
   skyreels      diffusion forcing: every frame has its own noise level, non-decreasing along time,
                 and sees the noisy earlier frames and their levels (after SkyReels-V2)
@@ -14,8 +14,6 @@ Each row is named after the system whose principle it follows; none is that syst
   causvid       distilled by DMD from a bidirectional teacher, on noised real clips (after CausVid)
   self-forcing  the same, on the student's own rollouts (after Self Forcing)
   longlive      the same, on long rollouts with a window and a sink (after LongLive)
-  error-bank    teacher forcing with the model's own past residuals added to the history (after SVI)
-  recycle       the history is the clean estimate of an earlier training step on the same clip
 
 Clips, network and sizes are those of the run that --init names. B videos, N frames of a clip, C
 channels, L words.
@@ -25,6 +23,7 @@ import sys
 import time
 from argparse import Namespace
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,43 +31,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Sprites, fold
-from model import (
-    LEAST_T,
-    CausalDiT,
-    Config,
-    WindowCache,
-    load_checkpoint,
-    load_weights,
-    read_checkpoint,
-)
+import train
+from data import Parser, fold, number, open_data, run_main
+from model import LEAST_T, Cache, CausalDiT, load_checkpoint, load_weights, read_checkpoint
 from rf import Guided, add_noise, flow_matching_loss, shift
-from sample import (
-    GIVEN,
-    bounded_float,
-    generate,
-    new_parser,
-    nonnegative_float,
-    positive_float,
-    positive_int,
-    rollout_window,
-    run_main,
-    seed_int,
-)
-from train import (
-    ClipNoise,
-    check_finite,
-    clip_gradient,
-    load_batches,
-    make_optimizers,
-    save,
-    set_learning_rate,
-    update_ema,
-)
+from sample import GIVEN, SAMPLERS, default_sampler, generate
 
-STEPS = 4  # solver steps of a frame, and noise levels of a distilled student
-SAMPLE_SHIFT = 10.0  # Eq. (7) on the steps of teacher forcing, SkyReels-V2 and the later cures
-GUIDANCE = 1.5  # of the rows that are not distilled
+STEPS = SAMPLERS["sprites"]["steps"]  # of a frame, and noise levels of a distilled student
 
 
 def solver_times(time_shift, device=None):
@@ -144,9 +113,9 @@ def diffusion_forcing_loss(model, x, c, t, rng):
 class DiffusionForcing:
     """Train with noise levels of `draw`; sample frame after frame, or as a pipeline."""
 
-    def __init__(self, draw, time_shift):
+    def __init__(self, draw, run):
         self.draw = draw
-        self.time_shift = time_shift
+        self.time_shift = run.time_shift
 
     def loss(self, net, x, c, step, rng):
         t = shift(self.draw(*x.shape[:2], rng), self.time_shift)
@@ -190,8 +159,9 @@ def magi_rollout(net, given, c, frames, seed):
     """
     rng = SeededNoise(seed)
     times = solver_times(net.run["time_shift"], given.device)
-    model = Guided(net, torch.zeros_like(c[:1]), GUIDANCE)
-    seen = max(1, window_of(net) + 1 - STEPS)  # finished frames in sight
+    sampler = default_sampler(net)
+    model = Guided(net, torch.zeros_like(c[:1]), sampler["guidance"])
+    seen = max(1, sampler["window"] + 1 - STEPS)  # finished frames in sight
     known = given
     x = given[:, :0]  # the frames in flight, the first to finish first
     taken = []  # solver steps that each of them has taken
@@ -219,76 +189,17 @@ def magi_rollout(net, given, c, frames, seed):
             x, taken = x[:, 1:], taken[1:]
 
 
-# ---- histories without a rollout ----
-
-
-class Remember:
-    """A network that keeps the clean estimate x̂ of its last call."""
-
-    def __init__(self, net):
-        self.net = net
-
-    def __call__(self, x, t, c, history):
-        v = self.net(x, t, c, history)
-        self.clean = clean_estimate(x, t, v).detach()
-        return v
-
-
-class ErrorBank:
-    """Add residuals x̂ - x of earlier steps, of any clip and noise level, to the true history."""
-
-    def __init__(self, time_shift, share=0.9, size=2048):
-        self.time_shift = time_shift
-        self.share = share  # of the clips that get errors
-        self.size = size  # frames in the bank
-        self.errors = None  # (size, C, height, width), the newest first
-
-    def history(self, x, rng):
-        """x (B, N, C, height, width) with errors added to each frame of `share` of the clips."""
-        if self.errors is None:
-            return x
-        drawn = (rng.rand(*x.shape[:2]) * len(self.errors)).long()
-        spoiled = rng.rand(len(x)) < self.share
-        return x + self.errors[drawn] * spoiled[:, None, None, None, None]
-
-    def loss(self, net, x, c, step, rng):
-        model = Remember(net)
-        loss = flow_matching_loss(model, x, c, self.history(x[:, :-1], rng), self.time_shift, rng)
-        errors = (model.clean - x).flatten(0, 1)
-        old = errors[:0] if self.errors is None else self.errors
-        self.errors = torch.cat([errors, old])[: self.size]
-        return loss
-
-
-class Recycle:
-    """Train on the same clips `times` times; the history is x̂ of the step before, at first x."""
-
-    def __init__(self, time_shift, times=4):
-        self.time_shift = time_shift
-        self.times = times
-        self.clips = self.clean = None
-
-    def loss(self, net, x, c, step, rng):
-        if step % self.times == 0:
-            self.clips, self.clean = (x, c), x
-        x, c = self.clips
-        model = Remember(net)
-        loss = flow_matching_loss(model, x, c, self.clean[:, :-1], self.time_shift, rng)
-        self.clean = model.clean
-        return loss
-
-
 # ---- distillation ----
 
 
-class FrozenCache(WindowCache):
+class FrozenCache(Cache):
     """A cache that a pass with gradient reads but does not write: its frames have no gradient."""
 
     def put(self, layer, k, v):
         if not torch.is_grad_enabled():
             return super().put(layer, k, v)
-        past_k, past_v = (z[layer][:, :, : self.length].clone() for z in (self.k, self.v))
-        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), None
+        past_k, past_v = self.kv[:, layer, :, :, : self.length]
+        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
 def student_frames(net, times, noise, c, history, cache, first, last_step, rng):
@@ -312,7 +223,6 @@ def student_frames(net, times, noise, c, history, cache, first, last_step, rng):
                     v = net(x, t, c, history, cache, first + i)
                 history = None
             if last and gradient:
-                cache.text = {}  # computed anew, with a gradient
                 v = net(x, t, c, None, cache, first + i)
 
             clean = clean_estimate(x, t, v)
@@ -343,26 +253,28 @@ def dmd_loss(clean, t, eps, real, fake):
 class Distillation:
     """DMD from a bidirectional teacher, whose one chunk is the whole clip.
 
-    teacher: its checkpoint. It judges with guidance. The fake model begins as the teacher and
-    learns the student's clips at every step; the student learns at every `every`-th.
+    The teacher judges with guidance. The fake model begins as the teacher and learns the student's
+    clips at every step; the student learns at every `every`-th.
     """
 
+    level_shift = 10.0  # Eq. (7) on the student's noise levels
     momentum = 0.0  # of both optimizers
+    guidance = 1.5
+    every = 5
+    sink = 0  # frames from the start of a video that the student keeps in sight
 
-    def __init__(self, teacher, args):
-        self.real = load_checkpoint(teacher).requires_grad_(False)
-        if self.real.config.chunk != args.frames:
+    def __init__(self, run):
+        self.real = load_checkpoint(run.teacher)
+        self.length = self.real.config.chunk  # frames of a clip
+        if self.length != run.frames:
             raise ValueError(
-                f"--teacher {teacher}: wanted a run whose one chunk is the whole clip, --chunk "
-                f"{args.frames} --frames {args.frames}; its chunk is {self.real.config.chunk}"
+                f"--teacher {run.teacher}: wanted a run whose one chunk is the whole clip, --chunk "
+                f"{run.frames} --frames {run.frames}; its chunk is {self.length}"
             )
         self.fake = deepcopy(self.real).requires_grad_(True)
-        self.optimizer = adam(self.fake, args.fake_lr, self.momentum)
-        self.times = solver_times(args.student_shift)
-        self.guidance = args.teacher_guidance
-        self.time_shift = args.time_shift
-        self.every = args.every
-        self.length = self.real.config.chunk  # frames of a clip
+        self.optimizer = adam(self.fake, run.lr, self.momentum)
+        self.times = solver_times(self.level_shift)
+        self.time_shift = run.time_shift
 
     def loss(self, net, x, c, step, rng):
         """Train the fake model; return the student's loss, or None in a step that has none."""
@@ -394,6 +306,7 @@ class Distillation:
 class CausVid(Distillation):
     """The student denoises real clips, each frame from one of its own noise levels, or none."""
 
+    level_shift = 1.0
     momentum = 0.9
 
     def student_clips(self, net, x, c, rng):
@@ -407,11 +320,11 @@ class CausVid(Distillation):
 class SelfForcing(Distillation):
     """The student continues GIVEN true frames on its own output, to the length of a clip."""
 
-    sink = 0
+    longest = 10**6  # frames of a rollout
 
     def new_cache(self, net, batch):
-        window = rollout_window(net.config, self.length)
-        return FrozenCache(net.config, batch, window, self.sink)
+        window = default_sampler(net)["window"]
+        return FrozenCache(net.config.layers, batch, self.longest, window, self.sink)
 
     def student_clips(self, net, x, c, rng):
         cache = self.new_cache(net, len(x))
@@ -431,11 +344,11 @@ class SelfForcing(Distillation):
 class LongLive(SelfForcing):
     """The student rolls on from step to step, up to `longest` frames; judge the newest clip."""
 
-    sink = 3  # of the frames in sight, the first ones of the video
+    sink = 3
     longest = 58
 
-    def __init__(self, teacher, args):
-        super().__init__(teacher, args)
+    def __init__(self, run):
+        super().__init__(run)
         self.stream = None  # the newest clip, its text, the cache, the number of frames so far
 
     def student_clips(self, net, x, c, rng):
@@ -448,59 +361,41 @@ class LongLive(SelfForcing):
             history = self.stream[0][:, -1:]
 
         newest, c, cache, first = self.stream
-        cache.text = {}  # the weights have changed
         clip = self.roll_on(net, newest[:, -GIVEN:], c, history, cache, first, rng)
         self.stream = clip.detach(), c, cache, first + new
         return clip, c
 
 
-# ---- training, sampling and measuring a row ----
-
-
-def window_of(net):
-    """History frames in sight of a run's network: as many as in its training."""
-    return rollout_window(net.config, net.run["frames"])
+# ---- sampling and training a row ----
 
 
 def plain_rollout(net, given, c, frames, seed):
     """The rollout of sample.py: yields each new frame (B, 1, C, height, width)."""
-    window = window_of(net)
-    return generate(net, [(0, c)], given, frames, STEPS, SAMPLE_SHIFT, GUIDANCE, window, seed=seed)
+    return generate(net, [(0, c)], given, frames, **default_sampler(net), seed=seed)
 
 
 @torch.no_grad()
-def student_rollout(net, given, c, frames, seed, sink=0):
+def student_rollout(net, given, c, frames, seed):
     """A distilled student: STEPS passes a frame, without guidance, which its teacher had."""
     rng = SeededNoise(seed)
-    cache = WindowCache(net.config, len(given), window_of(net), sink)
-    times = solver_times(net.run["student_shift"])
+    method = METHODS[net.run["method"]]
+    window = default_sampler(net)["window"]
+    cache = net.cache(len(given), frames, window, method.sink)
     x = rng.randn(len(given), frames - given.shape[1], *given.shape[2:], device=given.device)
-    first = given.shape[1]
+    first, times = given.shape[1], solver_times(method.level_shift)
     yield from student_frames(net, times, x, c, given, cache, first, STEPS - 1, rng)
 
 
-def longlive_rollout(net, given, c, frames, seed):
-    """`student_rollout` with the sink of its training."""
-    return student_rollout(net, given, c, frames, seed, LongLive.sink)
-
-
 METHODS = {
-    "skyreels": lambda args: DiffusionForcing(non_decreasing_levels, args.time_shift),
-    "magi": lambda args: DiffusionForcing(pipeline_levels, args.time_shift),
-    "causvid": lambda args: CausVid(args.teacher, args),
-    "self-forcing": lambda args: SelfForcing(args.teacher, args),
-    "longlive": lambda args: LongLive(args.teacher, args),
-    "error-bank": lambda args: ErrorBank(args.time_shift),
-    "recycle": lambda args: Recycle(args.time_shift),
+    "skyreels": partial(DiffusionForcing, non_decreasing_levels),
+    "magi": partial(DiffusionForcing, pipeline_levels),
+    "causvid": CausVid,
+    "self-forcing": SelfForcing,
+    "longlive": LongLive,
 }
 DISTILLED = ("causvid", "self-forcing", "longlive")
-ROLLOUTS = {
-    "skyreels": skyreels_rollout,
-    "magi": magi_rollout,
-    "causvid": student_rollout,
-    "self-forcing": student_rollout,
-    "longlive": longlive_rollout,
-}
+ROLLOUTS = {"skyreels": skyreels_rollout, "magi": magi_rollout}
+ROLLOUTS |= dict.fromkeys(DISTILLED, student_rollout)
 
 
 def adam(net, lr, momentum):
@@ -508,101 +403,81 @@ def adam(net, lr, momentum):
     return torch.optim.Adam(net.parameters(), lr, betas=(momentum, 0.999), fused=True)
 
 
-def train(args):
+def train_row(args):
     """Train a row, from the averaged weights of another run, and write a run like train.py's."""
     source = read_checkpoint(args.init)
-    flags = dict(source["args"])
-    if flags.get("data") != "sprites" or source["config"]["chunk"] != 1:
+    config, flags = source["config"], source["args"]
+    if flags["data"] != "sprites" or config.chunk != 1:
         raise ValueError(f"--init {args.init}: wanted a run on sprites with --chunk 1")
-    if flags["frames"] <= STEPS:
-        raise ValueError(
-            f"--init {args.init}: clips of {flags['frames']} frames; wanted more than {STEPS}"
-        )
-    for name, value in vars(args).items():
-        if value is not None:
-            flags[name] = value
-    flags |= {"warmup": 0, "lr_warmup": 50, "decay": "linear", "fsdp": False}
-    run = Namespace(**flags)
+    fixed = {"warmup": 0, "lr_warmup": 50, "decay": "linear", "fsdp": False}
+    run = Namespace(**(flags | vars(args) | fixed))
+    distilled = args.method in DISTILLED
+    if distilled:
+        run.ema = 0.99
     torch.manual_seed(run.seed)
     device = torch.device("cpu")
 
-    net = CausalDiT(Config(**source["config"]))
+    net = CausalDiT(config)
     load_weights(net, source["ema"], args.init)
+    net.run = vars(run)
     ema = deepcopy(net).eval().requires_grad_(False)
     method = METHODS[args.method](run)
-    if args.method in DISTILLED:
+    if distilled:
         optimizers = [adam(net, run.lr, method.momentum)]
     else:
-        optimizers = make_optimizers(net, run.optimizer)
+        optimizers = train.make_optimizers(net, run.optimizer)
 
-    clips = Sprites(run.size, run.frames, run.seed, "train", run.objects, run.wall, run.withheld)
+    clips = open_data(run)
     args.out.mkdir(parents=True)
     began = time.perf_counter()
-    bar = tqdm(load_batches(clips, 0, 0, 1, run, device), args.method, run.steps)
-    for step, (indices, x, c) in enumerate(bar):
-        rng = ClipNoise(run.seed, indices, device)
+    bar = tqdm(range(run.steps), args.method)
+    for step in bar:
+        indices, x, c = train.load_batch(clips, step, 0, 1, run, device)
+        rng = train.ClipNoise(run.seed, indices, device)
         kept = rng.rand(len(x)) >= run.drop
         loss = method.loss(net, x, c * kept[:, None, None], step, rng)
         if loss is None:
             continue
         loss.backward()
-        norm = clip_gradient(net, run)
-        check_finite(loss.item(), norm, step, run)
-        set_learning_rate(optimizers, step, run)
+        norm = train.clip_gradient(net, run)
+        train.check_finite(loss.item(), norm, step, run)
+        train.set_learning_rate(optimizers, step, run)
         for optimizer in optimizers:
             optimizer.step()
         net.zero_grad(set_to_none=True)
-        update_ema(ema, net, run.ema, step)
+        train.update_ema(ema, net, run.ema, step)
         bar.set_postfix_str(f"loss {loss.item():.4f}")
 
     run.minutes = (time.perf_counter() - began) / 60
-    save(net, ema, optimizers, run.steps, run)
+    train.save(net, ema, optimizers, run.steps, run, rank=0)
 
 
-# fmt: off
 def parse(argv):
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__, "%(prog)s METHOD --init RUN --out RUN [flags]")
     add = parser.add_argument
+    # fmt: off
     add("method", choices=METHODS)
     add("--init", type=Path, required=True, help="the run of train.py to begin with")
     add("--teacher", type=Path, help="bidirectional: a run with --chunk equal to --frames")
     add("--out", type=Path, required=True, help="a new folder")
-    add("--steps", type=positive_int, default=1800, help="default: %(default)s")
-    add("--lr", type=positive_float,
-        help="of the student in a distilled row (default: 2e-4), of AdamW in others (5e-3)")
-    add("--muon-lr", type=positive_float, default=0.015, help="default: %(default)s")
-    add("--time-shift", type=positive_float, help="Eq. (7) on t of the loss (default: the run's)")
-    add("--ema", type=bounded_float(0, 0.999999),
-        help="decay of the averaged weights (default: 0.99 in a distilled row, else the run's)")
-    add("--seed", type=seed_int, default=0, help="default: %(default)s")
-    add("--student-shift", type=positive_float,
-        help="Eq. (7) on the noise levels of a distilled row (default: 1 for causvid, else 10)")
-    add("--fake-lr", type=positive_float, default=2e-4,
-        help="of the fake model (default: %(default)s)")
-    add("--teacher-guidance", type=nonnegative_float, default=1.5,
-        help="classifier-free guidance of the teacher (default: %(default)s)")
-    add("--every", type=positive_int, default=5,
-        help="steps of the fake model for one of the student's (default: %(default)s)")
+    add("--steps", type=number(int, 1), default=1800, help="default: %(default)s")
+    add("--lr", type=number(float, 1e-9),
+        help="of AdamW (default: 5e-3); in a distilled row of the student and of the fake model "
+             "(2e-4)")
+    add("--muon-lr", type=number(float, 1e-9), default=0.015, help="default: %(default)s")
+    add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    # fmt: on
     args = parser.parse_args(argv)
     distilled = args.method in DISTILLED
-    if args.lr is None:
-        args.lr = 2e-4 if distilled else 5e-3
-    if args.ema is None and distilled:
-        args.ema = 0.99
-    if args.student_shift is None:
-        args.student_shift = 1.0 if args.method == "causvid" else 10.0
+    if distilled != (args.teacher is not None):
+        raise ValueError("--teacher goes with causvid, self-forcing and longlive, and only them")
+    args.lr = args.lr or (2e-4 if distilled else 5e-3)
     return args
-# fmt: on
 
 
 def main(argv):
-    args = parse(argv)
-    if args.out.exists():
-        raise ValueError(f"--out {args.out} exists; name a new folder")
-    if (args.method in DISTILLED) != (args.teacher is not None):
-        raise ValueError("--teacher goes with causvid, self-forcing and longlive, and only them")
-    train(args)
+    train_row(parse(argv))
 
 
 if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
+    run_main(main)

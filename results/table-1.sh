@@ -15,14 +15,12 @@ row $runs/pyramid-flow-$seed $more --history noise --noise 0.333
 row $runs/parallel-$seed $more --history parallel
 row $runs/ours-routed-$seed $more --history resample --top-k 2  # of 9 frames in sight: 78 % sparse
 
-# diffusion forcing, and two more cures without a teacher
+# diffusion forcing
 rival() {  # rival METHOD INIT FLAGS...
     row $runs/$1-$seed python results/rivals.py $1 --seed $seed --init $runs/$2-$seed --steps 1800 "${@:3}"
 }
 rival skyreels warm
 rival magi warm
-rival error-bank warm
-rival recycle warm
 
 # distilled from the teacher; CausVid's student must know noisy history, so it begins with
 # diffusion forcing
@@ -32,6 +30,6 @@ rival longlive self-forcing --teacher $runs/real-$seed
 
 python results/evidence.py baselines results/table-1.json
 python results/evidence.py measure results/table-1.json --true-history $runs/{nova,pyramid-flow,parallel,ours}-$seed
-others=$(echo $runs/{ours-routed,skyreels,magi,error-bank,recycle,causvid,self-forcing,longlive}-$seed)
+others=$(echo $runs/{ours-routed,skyreels,magi,causvid,self-forcing,longlive}-$seed)
 python results/evidence.py measure results/table-1.json $others
 python results/evidence.py time results/table-1.json $runs/{nova,pyramid-flow,parallel,ours}-$seed $others

@@ -1,0 +1,606 @@
+"""The scripts of this folder: the rivals' principles, the evidence, the figures, the speed."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sample
+import train
+from data import Sprites
+from model import LEAST_T, CausalDiT, Config, load_checkpoint
+from results import bench, evidence, fig_8, health, pack, plot, rivals
+from rf import HISTORY, add_noise, flow_matching_loss
+from routing import pick
+
+HERE = Path(__file__).resolve().parent
+TINY = "--size 8 --frames 6 --patch 4 --dim 48 --heads 2 --layers 2 --batch 2 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A warm-up of three steps, and a bidirectional teacher, whose one chunk is the clip."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = f"{TINY} --steps 3 --warmup 3 --history teacher --out {folder}"
+    train.main(f"{flags}/warm-0".split())
+    train.main(f"{flags}/real-0 --chunk 6".split())
+    return folder
+
+
+def tiny():
+    """A small float64 network with random weights: at its own initialization it returns 0."""
+    torch.manual_seed(0)
+    net = CausalDiT(Config(2, 24, 48, 2, 2, 2, 1, 5, 16)).double()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net
+
+
+def clip():
+    """(clean frames, noise, t, c) for `tiny`."""
+    torch.manual_seed(1)
+    x, noise = torch.randn(2, 2, 6, 2, 4, 6, dtype=torch.float64)
+    return x, noise, torch.rand(2, 6, dtype=torch.float64), torch.randn(2, 3, 5).double()
+
+
+def close(a, b, tolerance=1e-10):
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance)
+
+
+# ---- rivals.py ----
+
+
+class Gauss:
+    """The exact v of clips whose every value is N(mean, std^2)."""
+
+    def __init__(self, mean, std=0.5):
+        self.mean, self.std = mean, std
+
+    def __call__(self, x_t, t):
+        t = t[..., None, None, None]
+        gain = (1 - t) * self.std**2 / ((1 - t) ** 2 * self.std**2 + t**2)
+        clean = self.mean + gain * (x_t - (1 - t) * self.mean)
+        return (x_t - clean) / t
+
+
+def dmd_gradient(student, real, fake):
+    """The gradient of DMD's loss to clips of a Gaussian student, times their number; the clips."""
+    torch.manual_seed(0)
+    clips = (student.mean + student.std * torch.randn(256, 1, 3, 4, 4)).requires_grad_()
+    t = 0.02 + 0.96 * torch.rand(256, 1)
+    rivals.dmd_loss(clips, t, torch.randn_like(clips), real, fake).backward()
+    return clips.grad * clips.numel(), clips.detach()
+
+
+def test_dmd_moves_the_student_to_the_data():
+    data, student, near = Gauss(1.0), Gauss(-0.5), Gauss(0.9)
+    ahead, _ = dmd_gradient(student, data, student)
+    assert ahead.mean() < -0.3, "descent raises -0.5 to 1"
+    assert dmd_gradient(data, student, data)[0].mean() > 0.3
+    assert abs(dmd_gradient(near, data, near)[0].mean()) < abs(ahead.mean()) / 3
+    assert (dmd_gradient(data, data, data)[0] == 0).all()
+
+    narrow = Gauss(1.0, 0.3)
+    gradient, clips = dmd_gradient(narrow, Gauss(1.0, 0.8), narrow)
+    assert (gradient * (clips - 1)).mean() < 0, "it spreads a student that is too narrow"
+
+
+class Noise:
+    """`rand` and `randn` of one seed, whatever the default generator does."""
+
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def rand(self, *shape, device=None):
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+    def randn(self, *shape, device=None, dtype=None):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("last_step", [0, 3])
+@pytest.mark.parametrize("window, sink", [(9, 0), (3, 1)])
+def test_a_students_gradient_comes_from_its_last_pass_alone(last_step, window, sink):
+    """The same frames as without a gradient, and the same gradient if another network, of equal
+    weights, makes all the passes before."""
+    net, (x, noise, _, c) = tiny(), clip()
+    twin = copy.deepcopy(net)
+    times = rivals.solver_times(5.0)
+    graded = []
+
+    def frames(model):
+        cache = rivals.FrozenCache(2, 2, 99, window, sink)
+        given, new = x[:, :2], noise[:, 2:]
+        made = rivals.student_frames(model, times, new, c, given, cache, 2, last_step, Noise())
+        return torch.cat(list(made), 1)
+
+    def split(x, t, c, history, cache, first):
+        if not torch.is_grad_enabled():
+            return twin(x, t, c, history, cache, first)
+        graded.append((first, t[0, 0].item()))
+        return net(x, t, c, history, cache, first)
+
+    with torch.no_grad():
+        wanted = frames(net)
+    gradients = []
+    for model in (net, split):
+        made = frames(model)
+        assert close(made, wanted)
+        net.zero_grad()
+        made.square().sum().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    assert graded == [(n, times[last_step].item()) for n in range(2, 6)], "one pass a frame"
+    assert all(close(a, b, 1e-9) and a.abs().max() > 0 for a, b in zip(*gradients))
+    assert all(p.grad is None for p in twin.parameters())
+
+
+def test_levels_of_diffusion_forcing_never_fall_along_time():
+    torch.manual_seed(0)
+    levels = rivals.non_decreasing_levels(4000, 5, torch)
+    assert (levels.diff(dim=1) >= 0).all() and levels.min() >= 0 and levels.max() <= 1
+    assert (levels.min(0).values < 0.05).all() and (levels.max(0).values > 0.95).all()
+    assert (levels < LEAST_T).float().mean() < 0.02, "there a network has nothing to learn"
+    assert levels.std(1).min() < 0.1 < levels.std(1).max()
+
+
+def test_the_pipeline_is_trained_on_the_levels_of_its_rollout():
+    S = rivals.STEPS
+    torch.manual_seed(0)
+    levels = rivals.pipeline_levels(4000, 10, torch)
+    assert (levels.diff(dim=1) >= 0).all() and (levels[:, 0] == 0).all()
+    inside = (levels[:, 1:] < 1) & (levels[:, :-1] > 0)
+    assert (levels.diff(dim=1)[inside] - 1 / S).abs().max() < 1e-5, "as steep as the rollout"
+    assert ((levels[:, :2] == 0).all(1) & (levels[:, 2] == 1)).any(), "a rollout's first pass"
+
+    noisy = (levels > 0).sum(1)
+    first = levels.gather(1, 10 - noisy[:, None])[:, 0]  # the level of the first noisy frame
+    assert 0.3 < (first > 1 / S).float().mean() < 0.45, "four in ten have just begun"
+    assert (noisy[first < 1 / S] >= S).all(), "a steady pipeline is in the clip as a whole"
+
+
+def test_diffusion_forcing_learns_what_a_rollout_shows():
+    """Not a frame behind pure noise, nor one below LEAST_T; on clean frames it is Eq. (4)."""
+    net, (x, _, t, c) = tiny(), clip()
+    t[:] = torch.tensor([0, 0.03, 0.5, 1, 1, 1])
+    loss = rivals.diffusion_forcing_loss(net, x, c, t, Noise())
+    eps = Noise().randn(*x.shape)
+    x_t = add_noise(x, eps, t)
+    error = net(x_t, t, c, x_t[:, :-1], history_t=t[:, :-1]) - (eps - x)
+    assert close(loss, error[:, 2:4].square().mean())
+
+    t[:, :-1] = 0
+    loss = rivals.diffusion_forcing_loss(net, x, c, t, Noise())
+    error = net(add_noise(x, eps, t), t, c, x[:, :-1]) - (eps - x)
+    assert close(loss, error[:, -1].square().mean())
+
+
+class Alone:
+    """A model whose v depends on a frame alone; keeps its calls."""
+
+    config = Config()
+    run = {"data": "sprites", "words": [], "frames": 10, "time_shift": 3.0}
+
+    def __init__(self):
+        self.calls = []
+
+    def cache(self, batch, frames, window=None, sink=0):
+        return None
+
+    def __call__(self, x, t, c, history=None, cache=None, first=0, history_t=None):
+        self.calls.append((x, t, history, first, history_t))
+        return x.tanh() * t[..., None, None, None]
+
+
+def test_the_pipeline_finishes_a_frame_a_pass():
+    """Four frames are in flight, each one solver step ahead of the next; no frame sees more of
+    the past than in training. Where history does not matter, the frames are any rollout's."""
+    net = Alone()
+    given, c = torch.zeros(2, 2, 3, 4, 4), torch.zeros(2, 1, 5)
+    made = torch.cat(list(rivals.magi_rollout(net, given, c, frames=16, seed=0)), 1)
+    assert made.shape[1] == 14 and len(net.calls) == 14 + rivals.STEPS - 1
+    times = rivals.solver_times(3.0)
+    x, t, history, first, history_t = net.calls[8]
+    assert x.shape[1] == rivals.STEPS and torch.equal(t[0], times[:-1].flip(0))
+    assert history.shape[1] == first + rivals.STEPS - 1 == 9
+    assert torch.equal(history[:2, first:], x[:2, :-1])
+    assert torch.equal(history_t[0, first:], t[0, :-1]) and (history_t[:, :first] == 0).all()
+
+    noise = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(2, 1, 3, 4, 4, generator=noise) for _ in range(14)], 1)
+    for now, after in pairwise(times):
+        x = x + (after - now) * x.tanh() * now
+    assert close(made, x, 1e-6)
+
+
+def test_both_branches_of_guidance_see_one_noisy_history():
+    """SkyReels-V2's, at the level that the network is told; its noise is not a new frame's."""
+    net = Alone()
+    list(rivals.skyreels_rollout(net, torch.zeros(2, 2, 3, 4, 4), torch.ones(2, 1, 5), 6, seed=0))
+    seen = [call for call in net.calls if call[2] is not None]
+    assert len(seen) == 4, "each frame's history is read once"
+    for _, _, history, _, level in seen:
+        assert torch.equal(history[:2], history[2:]) and (level == 0.02).all()
+    x, _, history, *_ = seen[0]
+    assert abs(history.std() - 0.02) < 0.005
+    assert not close(history[0, 0] / 0.02, x[0, 0], 0.1)
+
+
+class Watched:
+    """A network, and the noise levels of its calls."""
+
+    def __init__(self, net):
+        self.net, self.config, self.run, self.cache = net, net.config, net.run, net.cache
+        self.levels = set()
+
+    def __call__(self, x, t, *args, **options):
+        self.levels.update(t.flatten().tolist())
+        return self.net(x, t, *args, **options)
+
+
+def method_of(name, runs):
+    """A distilled method, the network that it starts from, and clips."""
+    flags = f"{name} --init x --out x --teacher {runs}/real-0 --lr 1e-3"
+    run = rivals.parse(flags.split())
+    run.frames, run.time_shift = 6, 3.0
+    net = load_checkpoint(runs / "warm-0").requires_grad_(True)
+    net.run |= {"method": name}
+    x, c = (torch.stack(z) for z in zip(*(Sprites(8, 6)[i] for i in range(2))))
+    return rivals.METHODS[name](run), net, x, c
+
+
+@pytest.mark.parametrize("name", rivals.DISTILLED)
+def test_a_student_is_sampled_at_the_levels_of_its_training(name, runs):
+    method, net, x, c = method_of(name, runs)
+    sampled, trained = Watched(net), Watched(net)
+    with torch.no_grad():
+        list(rivals.ROLLOUTS[name](sampled, x[:, :2], c, 8, seed=0))
+    assert sampled.levels == set(rivals.solver_times(method.level_shift)[:-1].tolist())
+    for seed in range(12):
+        method.student_clips(trained, x, c, train.ClipNoise(seed, [0, 1], "cpu"))
+    assert trained.levels - {0.0} == sampled.levels
+
+
+def test_the_fake_model_learns_at_every_step_and_the_student_at_every_fifth(runs):
+    method, net, x, c = method_of("self-forcing", runs)
+    real = copy.deepcopy(method.real.state_dict())
+    for step in range(6):
+        before = copy.deepcopy(method.fake.state_dict())
+        loss = method.loss(net, x, c, step, train.ClipNoise(0, [2 * step, 2 * step + 1], "cpu"))
+        assert (loss is not None) == (step in (0, 5))
+        after = method.fake.state_dict()
+        assert any(not torch.equal(after[name], z) for name, z in before.items())
+    assert all(torch.equal(real[name], z) for name, z in method.real.state_dict().items())
+
+
+@pytest.mark.parametrize("method", rivals.METHODS)
+def test_a_rival_is_trained_measured_timed_and_drawn(method, runs):
+    command = f"{method} --init {runs}/warm-0 --out {runs}/{method}-0 --steps 6 --lr 1e-3"
+    distilled = method in rivals.DISTILLED
+    rivals.main(f"{command} --teacher {runs}/real-0".split() if distilled else command.split())
+    paths = (runs / name / "ckpt.pt" for name in ("warm-0", f"{method}-0"))
+    before, after = (torch.load(path, weights_only=True) for path in paths)
+    assert all(not torch.equal(z, before["ema"][name]) for name, z in after["model"].items())
+
+    path = runs / f"{method}.json"
+    evidence.main(f"measure {path} {runs}/{method}-0 --frames 8 --samples 2".split())
+    written = path.stat().st_mtime_ns
+    evidence.main(f"measure {path} {runs}/{method}-0 --frames 8 --samples 2".split())
+    assert path.stat().st_mtime_ns == written, "a killed one goes on"
+
+    args = evidence.parse(f"time {path} {runs}/{method}-0".split())
+    evidence.time_runs(args, frames=8)
+    row = evidence.read_rows(path)[method]["0"]
+    assert np.array(row["frames"]).shape == (8, 3) and np.array(row["errors"]).shape == (4, 3)
+    assert (row["teacher_minutes"] > 0) == distilled and row["milliseconds"] > 0
+    assert row["passes"] == {"magi": 3, "skyreels": 8}.get(method, 4), "guidance doubles"
+
+    evidence.main(f"strip {runs}/strip.png {runs}/{method}-0 --clip 1 --labels made".split())
+    assert iio.imread(runs / "strip.png").ndim == 3
+
+
+def test_bad_input_ends_in_one_line(runs, tmp_path):
+    init = f"--init {runs}/warm-0 --out {tmp_path}/x"
+    for main, command, message in [
+        (rivals.main, f"causvid {init}", "--teacher goes with"),
+        (rivals.main, f"magi {init} --teacher {runs}/real-0", "only them"),
+        (rivals.main, f"causvid {init} --teacher {runs}/warm-0", "one chunk"),
+        (rivals.main, f"magi --init {runs}/none --out {tmp_path}/x", "none"),
+        (
+            evidence.main,
+            f"measure {tmp_path}/new.json {runs}/real-0",
+            "wanted a run with --chunk 1",
+        ),
+        (evidence.main, f"strip {tmp_path}/a.png {runs}/real-0", "evidence.py measure writes it"),
+        (evidence.main, "measure", "needs a file"),
+        (fig_8.main, f"{runs}/warm-0 {tmp_path}/a.png", "wanted a run with --top-k"),
+        (bench.main, "step --foo", "unrecognized arguments: --foo"),
+        (bench.main, "stop", "invalid choice: 'stop'"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            main(command.split())
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "x").exists()
+
+
+# ---- evidence.py, health.py, plot.py and the pages ----
+
+
+def measured_rows():
+    """Two rows of 12 frames, one of them with two seeds."""
+    frames = [[float(T), 50.0, 100.0] for T in range(12)]
+    higher = [[z + 2 for z in row] for row in frames]
+    cost = {"minutes": 5.0, "teacher_minutes": 0, "passes": 8.0, "milliseconds": 20.0}
+    one = {"frames": frames, "errors": [[1.0, 2.0, 3.0]] * 4} | cost
+    return {"a": {"0": one, "1": one | {"frames": higher, "minutes": 7.0}}, "b": {"0": one}}
+
+
+def test_the_tables_are_means_and_errors_over_the_seeds(tmp_path, monkeypatch):
+    rows = measured_rows()
+    means, errors = evidence.means_and_errors(rows["a"])
+    assert torch.allclose(means[:, 0], torch.tensor([2.5, 6.5, 10.5, 6.5]))
+    assert torch.allclose(errors[:3], torch.ones(3, 3)), "of 2 seeds that differ by 2"
+    _, errors = evidence.means_and_errors(rows["b"])
+    assert torch.equal(errors[0], torch.tensor([1.0, 2.0, 3.0])), "one seed: over its videos"
+
+    thirds = evidence.thirds_table(rows).replace("±", " ± ").splitlines()
+    assert thirds[2].split() == ["frames"] + ["0-3", "4-7", "8-11"] * 3
+    assert thirds[3].split()[:13] == ["a", *["51.0", "±", "1.0"] * 3, "2.5", "±", "1.0"]
+    lines = evidence.overall_table(rows).splitlines()
+    assert lines[0] == "| | *Temporal* | *Visual* | *Text* | last third |"
+    assert lines[3] == "| b | 50.0 ± 2.0 | 5.5 ± 1.0 | 100.0 ± 3.0 | 50 / 10 / 100 |"
+    assert evidence.costs_table(rows).splitlines()[2] == "| a | 2 | 6.0 | - | 8.00 | 20.0 |"
+
+    one = rows["b"]["0"]
+    one["true_history"] = [[2.0 * z for z in row] for row in one["frames"]]
+    wanted = "| b | 100 / 3 / 200 | 50 / 2 / 100 | 100 / 19 / 200 | 50 / 10 / 100 | 50 / 10 / 100 |"
+    assert evidence.bias_table({"b": rows["b"]}).endswith(wanted)
+    rows["b"]["1"] = one | {"frames": [[z - 2 for z in row] for row in rows["a"]["1"]["frames"]]}
+    lead = evidence.lead_table({"b": rows["b"], "a": rows["a"]})
+    assert lead.endswith("| b | +1.0 ± 1.0 | +1.0 ± 1.0 | +1.0 ± 1.0 |")
+
+    (tmp_path / "x.json").write_text(json.dumps(measured_rows()))
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    page = evidence.redraw("<!-- overall x: b=the_second a -->\nold\n<!-- end -->\nrest")
+    assert re.findall(r"^\| ([a-z ]+) \|", page, re.M) == ["the second", "a"]
+    assert page.endswith("<!-- end -->\nrest") and "old" not in page
+    with pytest.raises(ValueError, match="has no row c"):
+        evidence.redraw("<!-- overall x: c -->\n<!-- end -->")
+
+
+def test_the_tables_of_the_pages_are_drawn_from_the_numbers():
+    """`python results/evidence.py tables` would change nothing."""
+    for page in evidence.PAGES:
+        text = page.read_text("utf-8")
+        assert evidence.redraw(text) == text, f"{page} is not what results/*.json says"
+
+
+def test_a_run_is_measured_again_if_its_weights_are_others(runs, tmp_path):
+    run, file = tmp_path / "a-0", tmp_path / "x.json"
+    shutil.copytree(runs / "warm-0", run)
+    measure = f"measure {file} {run} --frames 4 --samples".split()
+
+    def measured(*flags):
+        shutil.rmtree(run / "samples")
+        evidence.main([*measure, *flags])
+        return evidence.read_rows(file)["a"]["0"], (run / "samples").exists()
+
+    first, anew = measured("2")
+    assert anew and first["true_history"] is None and first["minutes"] > 0
+    (run / "samples").mkdir(exist_ok=True)
+    assert measured("2") == (first, False)
+    (run / "samples").mkdir()
+    more, anew = measured("3", "--true-history")
+    assert anew and more["videos"] == 3 and more["true_history"]
+
+    state = torch.load(run / "ckpt.pt", weights_only=True)
+    state["ema"] = {name: 1.1 * weight for name, weight in state["ema"].items()}
+    torch.save(state, run / "ckpt.pt")
+    second, anew = measured("3")
+    assert anew and first["weights"] != second["weights"]
+    with pytest.raises(ValueError, match="holds runs of 4 frames; --frames 5 needs another"):
+        evidence.main([*measure, "3", "--frames", "5"])
+
+
+def test_on_true_history_each_frame_follows_true_ones(runs):
+    net = load_checkpoint(runs / "warm-0")  # its window is 5
+    truth, c = (z[None] for z in Sprites(8, 10)[0])
+    made = evidence.on_true_history(net, truth, c, 10, seed=0)
+    changed = truth.clone()
+    changed[:, 3] = 0
+    moved = (evidence.on_true_history(net, changed, c, 10, seed=0) != made).flatten(2).any(2)[0]
+    assert moved.tolist() == [False] * 4 + [True] * 5 + [False]
+
+
+def test_from_nothing_no_true_frame_is_given(runs, tmp_path):
+    shutil.copytree(runs / "warm-0", tmp_path / "a-0")
+    flags = f"measure {tmp_path}/x.json {tmp_path}/a-0 --frames 4 --samples 2 --given"
+    for given in (0, 1):
+        (tmp_path / "x.json").unlink(missing_ok=True)
+        evidence.main([*flags.split(), str(given)])
+        clips = np.load(tmp_path / "a-0/samples/measured.npz")
+        assert np.array_equal(clips["made"][:, 0], clips["truth"][:, 0]) == given
+
+
+def test_baselines_are_scored(tmp_path):
+    evidence.main(f"baselines {tmp_path}/x.json --samples 3 --frames 30".split())
+    rows = evidence.read_rows(tmp_path / "x.json")
+    last = {name: evidence.means_and_errors(seeds)[0][2] for name, seeds in rows.items()}
+    assert last["truth"].min() > 97 and last["copy"][[0, 2]].min() > 97
+    assert last["copy"][1] < 25 and last["straight"].max() < 60
+
+
+def test_the_weights_of_the_box_are_those_that_were_measured(runs, tmp_path):
+    rows = evidence.read_rows(HERE / "health.json")
+    for name in ("teacher", "resample"):
+        net = load_checkpoint(HERE / f"{name}.pt")
+        assert evidence.fingerprint(net) == rows[name]["0"]["weights"]
+
+    pack.main([str(runs / "warm-0"), str(tmp_path / "a.pt")])
+    net, packed = load_checkpoint(runs / "warm-0"), load_checkpoint(tmp_path / "a.pt")
+    for name, weight in net.state_dict().items():
+        assert torch.equal(packed.state_dict()[name], weight.half().float())
+    assert packed.config == net.config
+
+
+def test_the_loss_by_noise_level_is_equation_4_at_that_level(runs, capsys):
+    x = torch.randn(2, 3, 3, 4, 4)
+    losses = health.losses_by_level(lambda x_t, t, *_: x_t / t[..., None, None, None], x, 0, 0)
+    wanted = [(x / t).square().mean().item() for t in health.LEVELS]  # v - (eps - x) = x / t
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    health.main([str(runs / "warm-0"), "--samples", "2"])
+    assert re.search(r"true( +\S+){6}\n +resampled( +\S+){6}\n", capsys.readouterr().out)
+
+
+@pytest.mark.extras
+def test_the_curves_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.main(["--out", str(tmp_path)])
+    for name in ("drift", "rivals", "long", "fig-6", "fig-7"):
+        assert iio.imread(tmp_path / f"{name}.png").std() > 10, name
+    with pytest.raises(ValueError, match="a.png needs the rows nova, .*; run their script first"):
+        plot.draw_curves(None, {}, plot.HISTORIES, tmp_path / "a.png")
+
+
+def test_every_picture_is_shown_and_there():
+    shown = set()
+    for page in evidence.PAGES:
+        for path in re.findall(r'(?:\]\(|src=")([\w/-]+\.(?:png|jpg|gif))', page.read_text()):
+            shown.add(page.parent / path)
+    assert shown == {path for path in HERE.iterdir() if path.suffix in (".png", ".jpg", ".gif")}
+
+
+PARSERS = {
+    "train.py": train.parse,
+    "sample.py": sample.parse,
+    "results/rivals.py": rivals.parse,
+    "results/evidence.py": evidence.parse,
+}
+FAKE_PYTHON = """#!/bin/sh
+line=$(printf '%s\\037' "$@")
+echo "$line" >> "$COMMANDS"  # in one write: box.sh runs two side by side
+while [ $# -gt 0 ]; do
+    if [ "$1" = --out ]; then mkdir -p "$2"; fi
+    shift
+done
+"""
+
+
+def commands_of(script, folder, *arguments):
+    """Run results/SCRIPT.sh with a python that only makes --out. Returns [[word, ...], ...]."""
+    for name in (script, "common"):
+        (folder / "results").mkdir(exist_ok=True)
+        shutil.copy(HERE / f"{name}.sh", folder / "results")
+    (folder / "python").write_text(FAKE_PYTHON)
+    (folder / "python").chmod(0o755)
+    paths = {"PATH": f"{folder}:{os.environ['PATH']}", "COMMANDS": str(folder / "commands")}
+    command = ["bash", str(folder / f"results/{script}.sh"), *arguments]
+    subprocess.run(command, check=True, env=os.environ | paths, cwd=folder)
+    return [line.split("\037")[:-1] for line in (folder / "commands").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", ["table-1", "fig-6", "fig-7", "fig-8", "box"])
+def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
+    seed = "5" if script in ("table-1", "fig-6", "fig-7") else ""
+    (tmp_path / "runs/table-1/ours-5").mkdir(parents=True)  # fig-6.sh links it
+    made = {"runs/fig-6/s-0.6-5"}  # the link
+    for program, *words in commands_of(script, tmp_path, *seed.split()):
+        args = PARSERS[program](words) if program in PARSERS else None
+        if program in ("train.py", "results/rivals.py"):
+            assert args.seed == int(seed or 0) and str(args.out).endswith(
+                f"-{seed}" if seed else ""
+            )
+            made.add(str(args.out))
+        if program == "results/evidence.py" and seed and args.runs:
+            assert {str(run) for run in args.runs} <= made, "measures what it made"
+    assert len(made) > 3
+
+
+def test_the_commands_of_the_page_parse():
+    page = evidence.PAGES[1].read_text("utf-8")
+    commands = re.findall(r"^(?:torchrun .*?|python )(\S+\.py .*)$", page, re.M)
+    commands += re.findall(r"`python (\S+\.py .*?)`", page)
+    assert len(commands) > 10
+    for command in commands:
+        program, *words = command.split("  #")[0].replace('"', "").split()
+        assert (HERE.parent / program).is_file(), command
+        if program in PARSERS and not {"RUN", "--resume"} & set(words):
+            PARSERS[program](words)
+
+
+# ---- fig_8.py and bench.py ----
+
+
+def test_recorded_routing_is_what_attention_picks(runs, tmp_path, monkeypatch):
+    state = torch.load(runs / "warm-0/ckpt.pt", weights_only=True)
+    state["config"]["top_k"] = 2
+    torch.save(state, tmp_path / "ckpt.pt")
+    net, calls = load_checkpoint(tmp_path), []
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+
+    def spy(*args):
+        calls.append(pick(*args))
+        return calls[-1]
+
+    monkeypatch.setattr("routing.pick", spy)
+    shares = [[], []]
+    fig_8.record_picks(net, shares, 1)
+    given, c = torch.rand(1, 1, 3, 8, 8), torch.ones(1, 5, 20)
+    list(sample.generate(net, [(0, c)], given, 7, 1, guidance=2.0, window=4, sink=1))
+    assert len(calls) == 6 * 2, "six frames, two layers"
+    for i, (picked, valid) in enumerate(calls):
+        share = shares[i % 2][i // 2]
+        last = picked[:1, :, -1][valid[:1, :, -1]]  # of the conditional branch
+        for column in range(len(share)):
+            assert share[column] == (last == column).sum() / picked[0, :, -1, :, 0].numel()
+    assert not calls[0][1].all(), "the first has but one frame to pick"
+
+    fig_8.main(f"{tmp_path} {tmp_path}/a.png --frames 4 --samples 2".split())
+    page = fig_8.draw_picks(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    cells = [tuple(page[47 + 24 * row, 67 + 36 * column]) for row, column in np.ndindex(2, 2)]
+    assert cells == [(0, 0, 0), (255, 217, 51), (255, 217, 51), (0, 0, 0)]
+    assert iio.imread(tmp_path / "a.png").shape[1] == page.shape[1] + 36, "a column a frame"
+
+
+@pytest.mark.parametrize("chunk, steps, window", [(1, 1, None), (3, 2, None), (1, 3, 2)])
+def test_bench_counts_the_flops_that_run(chunk, steps, window):
+    config = Config(4, 48, 100, 2, 3, 2, chunk, 10, window=window)
+    net, x, c = CausalDiT(config), torch.randn(2, 4, 4 * chunk, 4, 6), torch.randn(2, 7, 10)
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+        flow_matching_loss(net, x, c, x[:, :-1])
+    assert forward.get_total_flops() == 2 * bench.flops(config, 4, 3, 6 * chunk, 7)
+    with FlopCounterMode(display=False) as rollout, sdpa_kernel(SDPBackend.MATH):
+        HISTORY["resample"](net, x[:, :-1], c, 0.6, steps, 0.3)
+    assert rollout.get_total_flops() == 2 * bench.rollout_flops(config, 3, 6 * chunk, 7, steps)
+    routed = Config(top_k=window)  # as many frames, chosen otherwise
+    assert bench.attended_frames(routed, 7) == bench.attended_frames(config, 7)
+
+
+def test_bench_prints_ratios(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command, pattern in [
+        (f"step {TINY} --accumulate 2 --repeats 1", r"resample: \d+ ms .* x a teacher-forcing"),
+        ("attention --frames 4 --tokens 8 --repeats 1 --top-k 1", r"top-1: .* x the pairs"),
+        (
+            f"sample --checkpoint {runs}/warm-0 --frames 9",
+            r"frames 5 to 5: .*\n(.*\n){3}.* a second",
+        ),
+        ("sample --preset toy --size 8x8 --frames 4 --steps 1", "a second"),
+        (
+            "videos --files 2 --side 32 --size 8 --length 17 --repeats 1",
+            "a batch of 8 clips of 16 frames",
+        ),
+    ]:
+        bench.main(command.split())
+        assert re.search(pattern, capsys.readouterr().out), command
