@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -344,26 +344,28 @@ class Videos:
         self.text_dim = self.words.text_dim
 
     def open_latents(self, paths):
-        self.files, errors = [], []
+        self.files, self.rows = [], 1
+        errors, first = [], None
         for path in paths:
             text = path.with_suffix(".text.npy")
             try:
-                T, *shape = np.load(path, mmap_mode="r").shape
-                rows, width = np.load(text, mmap_mode="r").shape if text.exists() else (1, 1)
+                shape = np.load(path, mmap_mode="r").shape
+                text_shape = np.load(text, mmap_mode="r").shape if text.exists() else (1, 1)
             except (OSError, ValueError, EOFError) as error:
                 errors.append(f"{path} ({one_line(error)})")
                 continue
-            if not self.files:
-                self.channels, *self.size = shape
-                self.rows, self.text_dim = rows, width
-            if len(shape) != 3 or (*shape, width) != (self.channels, *self.size, self.text_dim):
+            kind = (shape[1:], text_shape[1:])
+            first = first or kind
+            if kind != first or (len(shape), len(text_shape)) != (4, 2):
                 raise ValueError(
-                    f"{path} holds {T, *shape} and a text of width {width}; wanted latents "
-                    "(T, C, height, width), in a folder all of one C, size and width"
+                    f"{path} holds {shape}, and a text of {text_shape}; wanted (T, C, height, "
+                    "width) and (L, text_dim), with one C, size and text_dim in the folder"
                 )
+            self.channels, *self.size = shape[1:]
+            self.text_dim = text_shape[1]
+            self.rows = max(self.rows, text_shape[0])
             # Wan's rate: a latent is four frames of 16 a second
-            self.files.append({"array": path, "frames": T, "fps": 4.0, "text": text})
-            self.rows = max(self.rows, rows)
+            self.files.append({"array": path, "frames": shape[0], "fps": 4.0, "text": text})
         warn_of_skipped(errors, len(paths))
         self.words = None
 
@@ -634,7 +636,7 @@ def warn_of_skipped(errors, count):
 def decoded_name(path, size, fps):
     """A name for what a file is decoded to; another file, size or rate gives another one."""
     state = path.stat()
-    key = f"{path.resolve()} {sides(size)} {fps:g} {state.st_size} {state.st_mtime_ns}"
+    key = f"{path.absolute()} {sides(size)} {fps:g} {state.st_size} {state.st_mtime_ns}"
     return hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
 
 
@@ -693,8 +695,10 @@ def read_frames(path, size, fps=0.0):
             if graph is None and frame is None:
                 raise ValueError(f"ffmpeg cannot read it: {error}")
 
-            if frame is not None and frame.pts is None:  # a raw stream has no times
-                frame.pts = round(count / (stream.guessed_rate * stream.time_base))
+            # a raw stream has no times, and AVI those of decoding
+            if frame is not None and (frame.pts is None or container.format.name == "avi"):
+                frame.duration = round(1 / (stream.guessed_rate * stream.time_base))
+                frame.pts = count * frame.duration
             if graph is None:
                 graph, turn = player(stream, frame, sides(size), fps)
                 start = frame.pts
@@ -740,13 +744,7 @@ def own_rate(path):
 def player(stream, frame, size, fps):
     """Build ffmpeg's filters for a stream's frames, and the function that turns their pictures."""
     quarters = round(frame.rotation / 90)
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX") or bytes(36)
-        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32) / 2**16
-        mirrored = a * d < b * c
-    except ValueError:  # PyAV does not know all that a photo says
-        mirrored = Image.open(stream.container.name[5:]).getexif().get(274) in (2, 4, 5, 7)
-    step = -1 if mirrored else 1
+    step = -1 if is_mirrored(frame, stream.container.name.removeprefix("file:")) else 1
     height, width = reversed(size) if quarters % 2 else size
 
     # scale to cover height x width; pixels need not be squares
@@ -775,6 +773,18 @@ def player(stream, frame, size, fps):
     graph.link_nodes(source, *(graph.add(name, options) for name, options in filters))
     graph.configure()
     return graph, lambda picture: np.rot90(picture[::step], quarters)
+
+
+def is_mirrored(frame, path):
+    """Whether a frame is to be mirrored, and then turned: by its matrix, or by a photo's EXIF."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX") or bytes(36)
+    except ValueError:  # PyAV does not know all that a photo says
+        with suppress(OSError):
+            return Image.open(path).getexif().get(274) in (2, 4, 5, 7)
+        return False
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32) / 2**16
+    return a * d < b * c
 
 
 def pulled(graph):

@@ -71,17 +71,12 @@ def new_frames(net, given, c, frames, seed):
 
 
 def on_true_history(net, truth, c, frames, seed):
-    """Predict each frame from the true ones before it, as many as the window keeps.
-
-    Takes the place of `sample.continue_clips`.
-    """
+    """Predict each frame from the true ones before it; takes the place of `continue_clips`."""
     settings = sample.default_sampler(net)
     made = [truth[:, :GIVEN]]
     for n in range(GIVEN, frames):
-        known = min(n, settings["window"] or n)
-        past = truth[:, n - known : n]
-        clip = sample.continue_clips(net, past, c, known + 1, known, **settings, seed=seed + n)
-        made.append(clip[:, known:])
+        clip = sample.continue_clips(net, truth, c, n + 1, n, **settings, seed=seed + n)
+        made.append(clip[:, n:])
     return torch.cat(made, dim=1)
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train
-from data import Sprites
+from data import WORLDS, Sprites
 from model import LEAST_T, CausalDiT, Config, load_checkpoint
 from results import bench, evidence, fig_8, health, pack, plot, rivals
 from rf import HISTORY, add_noise, flow_matching_loss
@@ -117,7 +117,7 @@ def test_a_students_gradient_comes_from_its_last_pass_alone(last_step, window, s
     net, (x, noise, _, c) = tiny(), clip()
     twin = copy.deepcopy(net)
     times = rivals.solver_times(5.0)
-    graded = []
+    graded, written = [], []
 
     def frames(model):
         cache = rivals.FrozenCache(2, 2, 99, window, sink)
@@ -127,6 +127,7 @@ def test_a_students_gradient_comes_from_its_last_pass_alone(last_step, window, s
 
     def split(x, t, c, history, cache, first):
         if not torch.is_grad_enabled():
+            written.extend([] if history is None else [history])
             return twin(x, t, c, history, cache, first)
         graded.append((first, t[0, 0].item()))
         return net(x, t, c, history, cache, first)
@@ -143,6 +144,7 @@ def test_a_students_gradient_comes_from_its_last_pass_alone(last_step, window, s
     assert graded == [(n, times[last_step].item()) for n in range(2, 6)], "one pass a frame"
     assert all(close(a, b, 1e-9) and a.abs().max() > 0 for a, b in zip(*gradients))
     assert all(p.grad is None for p in twin.parameters())
+    assert torch.equal(torch.cat(written, 1), torch.cat([x[:, :2], made[:, :-1]], 1))
 
 
 def test_levels_of_diffusion_forcing_never_fall_along_time():
@@ -265,7 +267,8 @@ def test_a_student_is_sampled_at_the_levels_of_its_training(name, runs):
     sampled, trained = Watched(net), Watched(net)
     with torch.no_grad():
         list(rivals.ROLLOUTS[name](sampled, x[:, :2], c, 8, seed=0))
-    assert sampled.levels == set(rivals.solver_times(method.level_shift)[:-1].tolist())
+    time_shift = {"causvid": 1.0}.get(name, 10.0)
+    assert sampled.levels == set(rivals.solver_times(time_shift)[:-1].tolist())
     for seed in range(12):
         method.student_clips(trained, x, c, train.ClipNoise(seed, [0, 1], "cpu"))
     assert trained.levels - {0.0} == sampled.levels
@@ -350,6 +353,8 @@ def test_the_tables_are_means_and_errors_over_the_seeds(tmp_path, monkeypatch):
     means, errors = evidence.means_and_errors(rows["a"])
     assert torch.allclose(means[:, 0], torch.tensor([2.5, 6.5, 10.5, 6.5]))
     assert torch.allclose(errors[:3], torch.ones(3, 3)), "of 2 seeds that differ by 2"
+    videos = torch.tensor([0.0, 2.0])[:, None, None].expand(2, 12, 3)
+    assert torch.allclose(evidence.standard_errors(videos), torch.ones(4, 3))
     _, errors = evidence.means_and_errors(rows["b"])
     assert torch.equal(errors[0], torch.tensor([1.0, 2.0, 3.0])), "one seed: over its videos"
 
@@ -437,6 +442,7 @@ def test_baselines_are_scored(tmp_path):
     rows = evidence.read_rows(tmp_path / "x.json")
     last = {name: evidence.means_and_errors(seeds)[0][2] for name, seeds in rows.items()}
     assert last["truth"].min() > 97 and last["copy"][[0, 2]].min() > 97
+    assert evidence.scores_of(rows["copy"])[0, 2, 1] < 90, "it stands from frame 2 on"
     assert last["copy"][1] < 25 and last["straight"].max() < 60
 
 
@@ -520,6 +526,7 @@ def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
             assert args.seed == int(seed or 0) and str(args.out).endswith(
                 f"-{seed}" if seed else ""
             )
+            assert program != "train.py" or args.data in WORLDS
             made.add(str(args.out))
         if program == "results/evidence.py" and seed and args.runs:
             assert {str(run) for run in args.runs} <= made, "measures what it made"
@@ -556,7 +563,7 @@ def test_recorded_routing_is_what_attention_picks(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("routing.pick", spy)
     shares = [[], []]
     fig_8.record_picks(net, shares, 1)
-    given, c = torch.rand(1, 1, 3, 8, 8), torch.ones(1, 5, 20)
+    given, c = torch.rand(1, 1, 3, 8, 8), 9 * torch.ones(1, 5, 20)
     list(sample.generate(net, [(0, c)], given, 7, 1, guidance=2.0, window=4, sink=1))
     assert len(calls) == 6 * 2, "six frames, two layers"
     for i, (picked, valid) in enumerate(calls):
@@ -565,6 +572,7 @@ def test_recorded_routing_is_what_attention_picks(runs, tmp_path, monkeypatch):
         for column in range(len(share)):
             assert share[column] == (last == column).sum() / picked[0, :, -1, :, 0].numel()
     assert not calls[0][1].all(), "the first has but one frame to pick"
+    assert any(not torch.equal(*picked.chunk(2)) for picked, _ in calls), "the branches differ"
 
     fig_8.main(f"{tmp_path} {tmp_path}/a.png --frames 4 --samples 2".split())
     page = fig_8.draw_picks(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
