@@ -162,6 +162,8 @@ def make_steps(argv):
 
     work = 3 * flops(config, N, N - 1, P, words)
     extra = {"resample": rollout_flops(config, N - 1, P, words, args.resample_steps)}
+    later = (args.resample_steps - 1) * flops(config, N - 1, 0, P, words)
+    extra["parallel"] = flops(config, N - 1, N - 2, P, words) + later
     steps = {}
     for name in dict.fromkeys(["teacher", args.history]):
         steps[name] = lambda name=name: step(name), B * (work + extra.get(name, 0))
