@@ -428,16 +428,30 @@ def measure(video, captions, wall=False):
     Text: share of the named sprites that are there and of those there that are named; half for the
     wrong shape; nan where no sprite is visible or predicted.
     """
-    T, size = video.shape[1], video.shape[-1]
-    named = torch.tensor([parse_caption(caption) for caption in captions])
-    S = max(1, int((named >= 0).sum(1).max()))
-
-    frames = video.float().flatten(0, 1).cpu()
-    fits = [fit_sprites(part, S + 1, wall) for part in frames.split(512)]  # to find one too many
-    sprites, error = (torch.cat(z).unflatten(0, (-1, T)) for z in zip(*fits))
-    visual = (1 - (error / S).sqrt()).clamp(min=0)
-    temporal, text = judge(sprites, named, size, wall)
+    sprites, error, named = fit_video(video, captions, wall)
+    visual = (1 - (error / most_named(named)).sqrt()).clamp(min=0)
+    temporal, text = judge(sprites, named, video.shape[-1], wall)
     return 100 * torch.stack([visual, temporal, text], dim=-1)
+
+
+def share_there(video, captions, wall=False):
+    """The share (B, T) of the named sprites that are there, by their colour; see `measure`."""
+    sprites, _, named = fit_video(video, captions, wall)
+    asked = (named >= 0)[:, None]
+    return (asked & (sprites[..., 3] > SEEN)).sum(2) / asked.sum(2)
+
+
+def fit_video(video, captions, wall):
+    """`fit_sprites` of each frame (B, T), and what the captions name (B, K)."""
+    named = torch.tensor([parse_caption(caption) for caption in captions])
+    frames = video.float().flatten(0, 1).cpu()
+    S = most_named(named) + 1  # to find one too many
+    fits = [fit_sprites(part, S, wall) for part in frames.split(512)]
+    return *(torch.cat(z).unflatten(0, video.shape[:2]) for z in zip(*fits)), named
+
+
+def most_named(named):
+    return max(1, int((named >= 0).sum(1).max()))
 
 
 def parse_caption(caption):

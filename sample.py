@@ -5,6 +5,7 @@
   python sample.py "red circle" --then 16 "white square" --frames 32
   python sample.py --given clip.mp4 --frames 100          continue a video or a picture
   python sample.py --eval --checkpoint runs/001 runs/002  measure on held-out sprites, and compare
+  python sample.py --live                                 a page on which two models roll on
 
 Frames are written as they are finished. Only a file that --out names is replaced.
 
@@ -12,10 +13,14 @@ B videos, T frames of a video, M given frames, C channels, L words. A frame of t
 chunk of T frames folded into its channels.
 """
 
+import io
+import math
 import os
 import textwrap
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, count, pairwise
 from pathlib import Path
 
@@ -42,6 +47,7 @@ from data import (
     read_video,
     round_up,
     run_main,
+    share_there,
     split_words,
     to_bytes,
     unfold,
@@ -105,6 +111,8 @@ def main(argv):
     args = parse(argv)
     if args.eval:
         return compare(args)
+    if args.live:
+        return show_live(args)
     if len(args.checkpoint) > 1:
         raise ValueError("one --checkpoint makes a video; put prompts before --checkpoint")
     model = open_model(args, *args.checkpoint)
@@ -360,6 +368,11 @@ def parse(argv):
         help="torch.compile each block: faster after a minute of compiling")
     add("--eval", action="store_true",
         help="continue held-out sprites, print their metrics by thirds and draw them")
+    add("--live", action="store_true",
+        help="serve a page on which each --checkpoint rolls on (default: results/teacher.pt beside "
+             "results/resample.pt)")
+    add("--port", type=number(int, 0, 65535), default=8000,
+        help="of this page on 127.0.0.1 (default: %(default)s)")
     add("--wan", type=Path,
         help="for a model of latents: a diffusers folder with Wan's VAE and text encoder")
     # fmt: on
@@ -373,6 +386,8 @@ def parse(argv):
             raise ValueError(f"--then {at}: wanted the number of a frame, and then a prompt")
     args.samples = args.samples or (64 if args.eval else 1)
     check_out(args)
+    if args.live and not args.checkpoint:
+        args.checkpoint = [BOX.with_name("teacher.pt"), BOX]
     args.checkpoint = args.checkpoint or [default_checkpoint()]
     return args
 
@@ -508,6 +523,214 @@ def draw_text(text, height, width=96):
     lines = "\n".join(textwrap.wrap(text, width // 7))
     ImageDraw.Draw(page).multiline_text((4, height / 2), lines, "black", anchor="lm")
     return np.asarray(page)
+
+
+# ---- --live: a page on which rollouts go on side by side ----
+
+TURN = 500  # frames of a rollout; the next one continues its last frames
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>Watch it drift</title>
+<style>body { font: 16px sans-serif; margin: 2em } input, button { font: inherit }</style>
+<img src="/stream" alt="Rollouts of each model, side by side">
+<form><input name="prompt" size="40" placeholder="a prompt"> <button>Go on with it</button></form>
+<p><button id="clip">New clip</button> <button id="pause">Pause</button>
+<label>Speed <input id="speed" type="range" min="1" max="60" value="20"></label></p>
+<p id="answer"></p>
+<script>
+async function ask(name, value) {
+  const answer = await fetch("/" + name, { method: "POST", body: value })
+  document.getElementById("answer").textContent = await answer.text()
+}
+document.forms[0].onsubmit = event => {
+  event.preventDefault()
+  ask("prompt", event.target.prompt.value)
+}
+document.getElementById("clip").onclick = () => ask("clip", "")
+document.getElementById("pause").onclick = () => ask("pause", "")
+document.getElementById("speed").oninput = event => ask("speed", event.target.value)
+</script>
+"""
+
+
+class Live:
+    """Rollouts of several models that go on for ever, and a picture of their latest frames.
+
+    All continue the same frames, with the same noise. `roll_out` makes the pictures in one thread;
+    the threads of the page wait for them in `next_picture`, and say what comes next by `ask`.
+    """
+
+    def __init__(self, args, models, wan=None):
+        self.args, self.models, self.wan = args, models, wan
+        self.words = wan or Words(*models[0].run["words"])
+        self.changed = threading.Condition()
+        self.number, self.jpeg = 0, b""  # pictures so far, and the latest
+        self.clip, self.speed, self.paused = 0, 20, False
+        self.prompt, self.asked, self.new = "", True, True  # whether it changed, and the clip
+        self.due = 0.0  # when the next picture is shown
+
+    def ask(self, name, value):
+        """Do what the page asks for. Returns the answer, or None if there is no such request."""
+        with self.changed:
+            self.changed.notify_all()
+            if name == "prompt":
+                self.words.text([value])  # raises ValueError for an unknown word
+                self.prompt, self.asked = value, True
+                return f"Now: {value}"
+            if name == "clip":
+                self.clip, self.prompt, self.asked, self.new = self.clip + 1, "", True, True
+                return "Another clip"
+            if name == "pause":
+                self.paused = not self.paused
+                return "Paused" if self.paused else "It goes on"
+            if name == "speed":
+                self.speed = min(60, max(1, int(value)))
+                return f"At most {self.speed} frames a second"
+
+    def begin(self):
+        """The first frames of a clip, and its prompt: held-out sprites, or what the flags give."""
+        model, prompt = self.models[0], " ".join(self.args.prompts)
+        if model.run["data"] not in WORLDS or self.args.given:
+            return read_given(self.args, model, self.wan), prompt
+        clips = held_out(model.run, GIVEN * model.config.chunk)
+        given = fold(clips[self.clip][0][None], model.config.chunk)
+        return given, prompt or clips.caption(self.clip)
+
+    def roll_out(self, pictures=math.inf):
+        """Make pictures, for ever or until there are so many."""
+        while self.number < pictures:
+            with self.changed:
+                if self.new:
+                    given, caption = self.begin()
+                    self.prompt = self.prompt or caption
+                    self.last = [given.to(self.args.device) for _ in self.models]
+                    self.frame, self.shares = 0, []
+                self.asked = self.new = False
+                prompt = self.prompt
+            rollouts = [self.frames(i, prompt) for i in range(len(self.models))]
+            for videos in zip(*rollouts):
+                for frames in zip(*(video.unbind(1) for video in videos)):
+                    self.show(torch.cat(frames), prompt)
+                if self.asked or self.number >= pictures:
+                    break
+
+    def frames(self, i, prompt):
+        """Continue the last frames of model i, for ever; yield frames (1, T, 3, height, width)."""
+        model = self.models[i]
+        c = self.words.text([prompt]).to(self.args.device)
+        decode = self.wan.decoder() if self.wan else torch.Tensor.cpu
+        settings = sampler(self.args, model)
+        kept = settings["window"] or model.run["frames"]
+        while True:
+            settings["seed"] = self.args.seed + self.number
+            length = self.last[i].shape[1] + TURN
+            for frame in generate(model, [(0, c)], self.last[i], length, **settings):
+                self.last[i] = torch.cat([self.last[i], frame], dim=1)[:, -kept:]
+                yield decode(unfold(frame, model.config.chunk))
+
+    def show(self, frames, prompt):
+        """Draw a frame of each model (models, 3, height, width), and wait until it is time."""
+        run = self.models[0].run
+        if run["data"] in WORLDS:
+            wall = held_out(run, 1).wall
+            there = share_there(frames[:, None], [prompt] * len(frames), wall)
+            self.shares.append(there[:, 0].nan_to_num(1.0).tolist())
+        if len(self.shares) > 500:  # a curve needs no more points
+            self.shares = self.shares[::2]
+
+        panels = []
+        for i, picture in enumerate(enlarge(to_bytes(frames), 256)):
+            name = HISTORY_NAMES[self.models[i].run["history"]]
+            label = draw_text(f"{name}, frame {self.frame}", 24, picture.shape[1])
+            curve = draw_curve([z[i] for z in self.shares], picture.shape[1])
+            panel = np.concatenate([picture, label, curve])
+            panels.append(np.pad(panel, ((0, 0), (0, 8), (0, 0)), constant_values=255))
+        file = io.BytesIO()
+        Image.fromarray(np.concatenate(panels, axis=1)).save(file, "jpeg", quality=90)
+
+        time.sleep(max(0, self.due - time.perf_counter()))
+        self.due = time.perf_counter() + 1 / self.speed
+        with self.changed:
+            self.number, self.frame = self.number + 1, self.frame + 1
+            self.jpeg = file.getvalue()
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.asked or not self.paused)
+
+    def next_picture(self, number):
+        """Wait for another picture than this number; return its number and itself, a JPEG."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.number != number)
+            return self.number, self.jpeg
+
+
+def draw_curve(shares, width, height=64):
+    """Draw the share of the named sprites that are there over time: (height, width, 3) uint8."""
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    step = (width - 8) / max(100, len(shares))
+    points = [(4 + step * i, height - 18 - (height - 22) * z) for i, z in enumerate(shares)]
+    if len(points) > 1:
+        draw.line(points, "black", 2)
+        draw.text((4, height - 14), f"named sprites still there: {shares[-1]:.0%}", "black")
+    return np.asarray(page)
+
+
+def serve(live, port):
+    """Serve the page of a `Live` on the loopback address, in threads. Returns the server."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/stream":
+                return self.stream()
+            self.answer("text/html", PAGE if self.path == "/" else None)
+
+        def do_POST(self):
+            length = min(10_000, int(self.headers.get("Content-Length", 0)))
+            value = self.rfile.read(length).decode("utf-8", "replace")
+            try:
+                answer = live.ask(self.path[1:], value)
+            except ValueError as error:
+                answer = str(error)
+            self.answer("text/plain", answer)
+
+        def answer(self, kind, text):
+            if text is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("X-Content-Type-Options", "nosniff")  # a prompt stays text
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def stream(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.end_headers()
+            number = 0
+            with suppress(OSError):  # the tab was closed
+                while True:
+                    number, jpeg = live.next_picture(number)
+                    head = b"--frame\r\nContent-Type: image/jpeg\r\n\r\n"
+                    self.wfile.write(head + jpeg + b"\r\n")
+
+        def log_message(self, *args):
+            """Print no line for each request."""
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError:
+        raise ValueError(f"--port {port} is in use; --port {port + 1} may be free") from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def show_live(args):
+    """--live: serve the page until Ctrl-C."""
+    models = [open_model(args, path) for path in args.checkpoint]
+    live = Live(args, models, Wan(args.wan, args.device) if args.wan else None)
+    print(f"open http://127.0.0.1:{serve(live, args.port).server_port}; Ctrl-C ends it", flush=True)
+    with autocast(models[0].run["precision"], args.device):
+        live.roll_out()
 
 
 if __name__ == "__main__":

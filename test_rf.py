@@ -17,6 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from argparse import Namespace
 from fractions import Fraction
 from functools import partial
@@ -2143,7 +2146,7 @@ TRAIN_FLAGS = """
 """
 SAMPLE_FLAGS = """
 --checkpoint --out --frames --steps --time-shift --guidance --given --given-frames --then
---window --sink --samples --seed --device --compile --eval --wan
+--window --sink --samples --seed --device --compile --eval --live --port --wan
 """
 
 
@@ -2598,6 +2601,95 @@ def test_a_comparison_has_a_row_for_each_name_and_pads_with_white(tmp_path):
     sheet = iio.imread(tmp_path / "two.png")[16:, 96:]  # below the numbers, right of the labels
     assert sheet[33::66, 33::66, 0].tolist() == 2 * [[0, 128, 255], [0, 255, 255]]
     sample.write_comparison(tmp_path / "latents.gif", {"one": torch.randn(1, 2, 4, 40, 40)}, 8)
+
+
+# --live
+
+
+@pytest.fixture
+def live(trained):
+    """A page with two models of the same weights, as fast as they are."""
+    args = sample.parse(["--live", "--steps", "1", "--checkpoint", str(trained), str(trained)])
+    page = sample.Live(args, [sample.open_model(args, path) for path in args.checkpoint])
+    page.speed = float("inf")
+    return page
+
+
+def post(server, name, value):
+    address = f"http://127.0.0.1:{server.server_port}/{name}"
+    with urllib.request.urlopen(address, value.encode()) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        return answer.read().decode()
+
+
+def first_picture(stream):
+    assert stream.readline() == b"--frame\r\n" and b"image/jpeg" in stream.readline()
+    content = stream.readline()
+    while b"\xff\xd9\r\n" not in content:  # the end of a JPEG
+        content += stream.readline()
+    return iio.imread(content.lstrip())
+
+
+def test_live_frames_arrive_in_every_browser_and_differ(live):
+    server = sample.serve(live, 0)
+    address = f"http://127.0.0.1:{server.server_port}"
+    page = urllib.request.urlopen(address).read().decode()
+    assert '<img src="/stream"' in page and "http" not in page.replace("<!doctype html>", "")
+    streams = [urllib.request.urlopen(f"{address}/stream") for _ in range(2)]
+    rolling = threading.Thread(target=live.roll_out, args=(6,))
+    rolling.start()
+    seen = [first_picture(stream) for stream in streams]
+    streams[0].close()
+    rolling.join()
+    latest = iio.imread(live.jpeg)
+    assert latest.shape == (256 + 24 + 64, 2 * 264, 3) and live.number == 6
+    assert all((picture != latest).any() for picture in seen)
+    left, right = latest[:256, :240].astype(int), latest[:256, 264:504]
+    assert abs(left - right).max() < 16, "the same frames and noise, but for the JPEG"
+    for wanted in ("/nothing", "/stream/x", "/../sample.py"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(address + wanted)
+    with pytest.raises(ValueError, match=f"--port {server.server_port} is in use; --port"):
+        sample.serve(live, server.server_port)
+    assert server.server_address[0] == "127.0.0.1"
+    server.shutdown()
+
+
+def test_a_live_prompt_switches_and_an_unknown_word_is_answered_as_text(live, trained):
+    server = sample.serve(live, 0)
+    assert "unknown word" in post(server, "prompt", "a zebra")
+    assert "script" in post(server, "prompt", "<script>alert(1)</script>")
+    live.roll_out(3)
+    first, clip = live.jpeg, live.prompt
+    assert post(server, "prompt", "white circle and blue square") == (
+        "Now: white circle and blue square"
+    )
+    live.roll_out(6)
+    args = live.args
+    other = sample.Live(args, live.models)
+    other.speed = float("inf")
+    other.roll_out(3)
+    assert other.jpeg == first and other.prompt == clip != live.prompt
+    other.roll_out(6)
+    assert other.jpeg != live.jpeg
+    post(server, "clip", "")
+    live.roll_out(7)
+    assert live.clip == 1 and live.prompt == sample.held_out(live.models[0].run, 2).caption(1)
+    assert post(server, "pause", "") == "Paused" and post(server, "speed", "7").startswith(
+        "At most 7"
+    )
+    server.shutdown()
+
+
+def test_live_memory_does_not_grow(live, monkeypatch):
+    """A rollout of 500 frames is 50 here: the bytes after four rollouts are those after two."""
+    monkeypatch.setattr(sample, "TURN", 50)
+    kept = []
+    for pictures in (120, 240):
+        live.roll_out(pictures)
+        gc.collect()
+        kept.append(sum(z.nbytes for z in gc.get_objects() if type(z) is torch.Tensor))
+    assert kept[0] == kept[1]
 
 
 # ---- README.md and the repository ----
