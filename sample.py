@@ -527,7 +527,6 @@ def draw_text(text, height, width=96):
 
 # ---- --live: a page on which rollouts go on side by side ----
 
-TURN = 500  # frames of a rollout; the next one continues its last frames
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>Watch it drift</title>
@@ -560,8 +559,9 @@ class Live:
     the threads of the page wait for them in `next_picture`, and say what comes next by `ask`.
     """
 
-    def __init__(self, args, models, wan=None):
+    def __init__(self, args, models, wan=None, turn=500):
         self.args, self.models, self.wan = args, models, wan
+        self.turn = turn  # frames of a rollout; the next one continues its last frames
         self.words = wan or Words(*models[0].run["words"])
         self.changed = threading.Condition()
         self.number, self.jpeg = 0, b""  # pictures so far, and the latest
@@ -623,7 +623,7 @@ class Live:
         kept = settings["window"] or model.run["frames"]
         while True:
             settings["seed"] = self.args.seed + self.number
-            length = self.last[i].shape[1] + TURN
+            length = self.last[i].shape[1] + self.turn
             for frame in generate(model, [(0, c)], self.last[i], length, **settings):
                 self.last[i] = torch.cat([self.last[i], frame], dim=1)[:, -kept:]
                 yield decode(unfold(frame, model.config.chunk))

@@ -698,7 +698,8 @@ def cut_log(path, step):
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        with replacing(path) as part:
+            part.write_text("".join(kept))
 
 
 def write_log(out, entry, rank=0):
