@@ -12,7 +12,6 @@ B videos, T frames, C channels, S sprites, L words, F pictures to fit, K colours
 import argparse
 import difflib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -497,7 +496,6 @@ def match_sprites(picture, S, wall):
 
 
 @torch.inference_mode(False)  # Newton's method needs a gradient, wherever it is called
-@torch.enable_grad()
 def fit_sprites(picture, S, wall):
     """Fit up to S sprites of different colours to pictures (F, 3, size, size).
 
@@ -695,12 +693,15 @@ def read_frames(path, size, fps=0.0):
     black where it is transparent. Raises ValueError if nothing can be read; what comes before a
     damaged part is returned.
     """
-    fps = fps or own_rate(path)
+    rate = own_rate(path)
+    fps = fps or rate
     with open_video(path) as container:
         stream = container.streams.best("video")
         frames = container.decode(stream)
+        step = round(1 / (rate * stream.time_base))
+        following = 0
         graph = None
-        for count in itertools.count():
+        while True:
             error = "it has no frames"
             try:
                 frame = next(frames, None)  # None ends the stream, and damage does
@@ -709,10 +710,13 @@ def read_frames(path, size, fps=0.0):
             if graph is None and frame is None:
                 raise ValueError(f"ffmpeg cannot read it: {error}")
 
-            # a raw stream has no times, and AVI those of decoding
-            if frame is not None and (frame.pts is None or container.format.name == "avi"):
-                frame.duration = round(1 / (stream.guessed_rate * stream.time_base))
-                frame.pts = count * frame.duration
+            if frame is not None:
+                if container.format.name == "avi":  # its times are those of decoding
+                    frame.pts = frame.dts
+                if frame.pts is None:  # all of a raw stream, the last ones of an AVI
+                    frame.pts = following
+                following = frame.pts + step
+                frame.duration = max(frame.duration, step)  # the last one decides where it ends
             if graph is None:
                 graph, turn = player(stream, frame, sides(size), fps)
                 start = frame.pts
@@ -774,7 +778,7 @@ def player(stream, frame, size, fps):
     filters += [("crop", f"{width}:{height}"), ("buffersink", None)]
     transparent = any(component.is_alpha for component in frame.format.components)
     if transparent or frame.format.name == "pal8":
-        filters.insert(1, ("premultiply", "inplace=1"))
+        filters[1:1] = [("format", "gbrap16"), ("premultiply", "inplace=1")]
 
     graph = av.filter.Graph()
     graph.threads = 1
