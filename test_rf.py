@@ -2769,6 +2769,9 @@ for found, more in {cuts}.items():
         words += more.split()
 if name == "torchrun":
     words[:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+if "--live" in words:  # it goes on until Ctrl-C
+    script = 'timeout -s INT 20 "$@"; test $? = 124'
+    os.execvp("bash", ["bash", "-c", script, "live", {python!r}, *words])
 os.execv({python!r}, [{python!r}, *words])
 """
 
