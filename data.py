@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import av  # comes with imageio[pyav]
@@ -694,39 +694,41 @@ def read_frames(path, size, fps=0.0):
     damaged part is returned.
     """
     rate = own_rate(path)
-    fps = fps or rate
     with open_video(path) as container:
-        stream = container.streams.best("video")
-        frames = container.decode(stream)
-        step = round(1 / (rate * stream.time_base))
-        following = 0
         graph = None
-        while True:
-            error = "it has no frames"
-            try:
-                frame = next(frames, None)  # None ends the stream, and damage does
-            except av.FFmpegError as damage:
-                frame, error = None, damage.strerror
-            if graph is None and frame is None:
-                raise ValueError(f"ffmpeg cannot read it: {error}")
-
-            if frame is not None:
-                if container.format.name == "avi":  # its times are those of decoding
-                    frame.pts = frame.dts
-                if frame.pts is None:  # all of a raw stream, the last ones of an AVI
-                    frame.pts = following
-                following = frame.pts + step
-                frame.duration = max(frame.duration, step)  # the last one decides where it ends
+        for frame in chain(timed_frames(container, rate), [None]):  # None ends the stream
             if graph is None:
-                graph, turn = player(stream, frame, sides(size), fps)
-                start = frame.pts
-            if frame is not None:
-                frame.pts -= start
+                stream = container.streams.best("video")
+                graph, turn = player(stream, frame, sides(size), fps or rate)
             graph.push(frame)
             for picture in pulled(graph):
                 yield np.ascontiguousarray(turn(picture))
-            if frame is None:
-                return
+
+
+def timed_frames(container, rate):
+    """Decode the frames of an open file up to a damaged part, with times that begin at 0.
+
+    rate: frames per second, where the file has no times. Raises ValueError if it has no frames.
+    """
+    stream = container.streams.best("video")
+    step = round(1 / (rate * stream.time_base))
+    start, following = None, 0
+    error = "it has no frames"
+    try:
+        for frame in container.decode(stream):
+            if container.format.name == "avi":  # its times are those of decoding
+                frame.pts = frame.dts
+            if frame.pts is None:  # all of a raw stream, the last ones of an AVI
+                frame.pts = following
+            start = frame.pts if start is None else start
+            following = frame.pts + step
+            frame.pts -= start
+            frame.duration = max(frame.duration, step)  # the last one decides where it ends
+            yield frame
+    except av.FFmpegError as damage:
+        error = damage.strerror
+    if start is None:
+        raise ValueError(f"ffmpeg cannot read it: {error}")
 
 
 def open_video(path):

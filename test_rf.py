@@ -2683,6 +2683,18 @@ def test_a_live_prompt_switches_and_an_unknown_word_is_answered_as_text(live, tr
     server.shutdown()
 
 
+def test_live_shows_one_model_of_ones_own_videos_from_nothing_or_from_a_clip(live, tmp_path):
+    (model, _), args = live.models, live.args
+    model.run = model.run | {"data": "clips"}
+    with writer(tmp_path / "a.mp4", 8) as write:
+        write(Sprites(8, 6)[0][0])
+    for args.given in (None, tmp_path / "a.mp4"):
+        page = sample.Live(args, [model])
+        page.roll_out(2)
+        assert iio.imread(page.jpeg).shape == (344, 264, 3) and page.shares == []
+        assert (page.begin()[0].shape[1] > 0) == bool(args.given)
+
+
 def test_live_memory_does_not_grow(live):
     """Rollouts of 50 frames in place of 500: the bytes after four are those after two."""
     page = sample.Live(live.args, live.models, turn=50)
