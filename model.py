@@ -433,6 +433,7 @@ class Cache:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached inference tensor could not be used in training
 def token_angles(width, chunk, numbers, rows, columns, device, dtype):
     """`rope` for the tokens of frames with these numbers, a tuple: complex (S, P, E / 2)."""
     latents = (torch.tensor(numbers)[:, None] * chunk + torch.arange(chunk)).flatten()

@@ -709,6 +709,14 @@ def test_compiling_needs_a_compiler(monkeypatch, tmp_path):
     assert all(block._compiled_call_impl for block in net.blocks)
 
 
+def test_a_network_trains_after_a_pass_in_inference_mode():
+    net, (x, noise, t, c) = tiny(layers=1), clip(N=5)
+    with torch.inference_mode():
+        net(noise, t, c, x[:, :-1])
+    net(noise, t, c, x[:, :-1]).sum().backward()
+    assert net.blocks[0].self_attn.k.weight.grad.abs().max() > 0
+
+
 def test_recomputing_blocks_keeps_less_and_changes_no_gradient():
     net, (x, history, t, c) = tiny(), clip()
     grads, kept = [], []
