@@ -563,10 +563,13 @@ class Live:
         self.args, self.models, self.wan = args, models, wan
         self.turn = turn  # frames of a rollout; the next one continues its last frames
         self.words = wan or Words(*models[0].run["words"])
+        self.null = wan.text([Wan.NEGATIVE]).to(args.device) if wan else None
+        self.world = WORLDS.get(models[0].run["data"])  # None: these are no sprites
         self.changed = threading.Condition()
         self.number, self.jpeg = 0, b""  # pictures so far, and the latest
         self.clip, self.speed, self.paused = 0, 20, False
-        self.prompt, self.asked, self.new = "", True, True  # whether it changed, and the clip
+        self.prompt = ""
+        self.asked = self.new = True  # whether the prompt or the clip changed; whether the clip did
         self.due = 0.0  # when the next picture is shown
 
     def ask(self, name, value):
@@ -590,7 +593,7 @@ class Live:
     def begin(self):
         """The first frames of a clip, and its prompt: held-out sprites, or what the flags give."""
         model, prompt = self.models[0], " ".join(self.args.prompts)
-        if model.run["data"] not in WORLDS or self.args.given:
+        if self.world is None or self.args.given:
             return read_given(self.args, model, self.wan), prompt
         clips = held_out(model.run, GIVEN * model.config.chunk)
         given = fold(clips[self.clip][0][None], model.config.chunk)
@@ -624,15 +627,15 @@ class Live:
         while True:
             settings["seed"] = self.args.seed + self.number
             length = self.last[i].shape[1] + self.turn
-            for frame in generate(model, [(0, c)], self.last[i], length, **settings):
+            made = generate(model, [(0, c)], self.last[i], length, null=self.null, **settings)
+            for frame in made:
                 self.last[i] = torch.cat([self.last[i], frame], dim=1)[:, -kept:]
                 yield decode(unfold(frame, model.config.chunk))
 
     def show(self, frames, prompt):
         """Draw a frame of each model (models, 3, height, width), and wait until it is time."""
-        run = self.models[0].run
-        if run["data"] in WORLDS:
-            wall = held_out(run, 1).wall
+        if self.world is not None:
+            wall = self.world.get("wall", False)
             there = share_there(frames[:, None], [prompt] * len(frames), wall)
             self.shares.append(there[:, 0].nan_to_num(1.0).tolist())
         if len(self.shares) > 500:  # a curve needs no more points

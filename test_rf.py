@@ -2703,6 +2703,23 @@ def test_live_shows_one_model_of_ones_own_videos_from_nothing_or_from_a_clip(liv
         assert (page.begin()[0].shape[1] > 0) == bool(args.given)
 
 
+def test_live_guides_away_from_wans_negative_prompt(live):
+    class Text(sample.Words):
+        """Words in the place of Wan's text encoder; its negative prompt is a red circle."""
+
+        def text(self, prompts):
+            return super().text([z if z != sample.Wan.NEGATIVE else "red circle" for z in prompts])
+
+        def decoder(self):
+            return torch.Tensor.cpu
+
+    wan = Text(*live.models[0].run["words"])
+    pages = [sample.Live(live.args, live.models, z) for z in (None, wan)]
+    for page in pages:
+        page.roll_out(3)
+    assert pages[0].prompt == pages[1].prompt and (pages[0].last[0] != pages[1].last[0]).any()
+
+
 def test_live_memory_does_not_grow(live):
     """Rollouts of 50 frames in place of 500: the bytes after four are those after two."""
     page = sample.Live(live.args, live.models, turn=50)

@@ -373,14 +373,8 @@ PAPER = {  # defaults of --preset wan-...
     "decay": "constant",
     "recompute": True,
 }
-OF_THE_CALL = (
-    "out",
-    "init",
-    "resume",
-    "device",
-    "compile",
-    "fsdp",
-)  # flags that --resume does not restore
+# flags that --resume does not restore
+OF_THE_CALL = ("out", "init", "resume", "device", "compile", "fsdp")
 
 
 def parse(argv):
