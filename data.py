@@ -203,8 +203,9 @@ def caption_text(colour, shape):
 class Sprites:
     """Coloured shapes that go straight, bounce off the edges and rarely overlap.
 
-    A clip is a function of (seed, split, index). "train" and "test" are separate streams. wall: one
-    that hides the sprites in the middle. withheld: share of clips without their caption.
+    A clip is a function of (seed, split, index). The splits are separate streams: settings are
+    chosen on "test", and results/ measures on "final". wall: one that hides the sprites in the
+    middle. withheld: share of clips without their caption.
     """
 
     channels = 3
@@ -222,7 +223,7 @@ class Sprites:
         self.objects = objects
         self.wall = wall
         self.withheld = withheld
-        self.key = (seed, ("train", "test").index(split))
+        self.key = (seed, ("train", "test", "final").index(split))
         self.words = Words([*COLOURS, *SHAPES, "and"], 3 * objects - 1)
         self.text_dim = self.words.text_dim
 

@@ -265,19 +265,21 @@ def continue_clips(model, truth, c, frames, given=GIVEN, **settings):
     return unfold(torch.cat([x, *made], dim=1), chunk).cpu()
 
 
-def held_out(run, frames):
+def held_out(run, frames, split="test"):
     """The held-out sprites of a run. Raises ValueError if it was not trained on sprites."""
     if run["data"] not in WORLDS:
         raise ValueError(f"--eval measures sprites; this run was trained on {run['data']}")
-    return Sprites(run["size"], frames, 0, "test", run["objects"], **WORLDS[run["data"]])
+    return Sprites(run["size"], frames, 0, split, run["objects"], **WORLDS[run["data"]])
 
 
-def continue_held_out(model, frames, samples, seed=0, roll_out=continue_clips, **settings):
+def continue_held_out(
+    model, frames, samples, seed=0, split="test", roll_out=continue_clips, **settings
+):
     """Continue held-out sprites. Returns (truth, made), (samples, frames, 3, size, size) each.
 
     made = roll_out(model, truth, c, frames, seed=seed, ...). Raises ValueError if it is not finite.
     """
-    clips = held_out(model.run, frames)
+    clips = held_out(model.run, frames, split)
     device = next(model.parameters()).device
     truths, rollouts = [], []
     for i in tqdm(range(0, samples, BATCH), "held-out clips", leave=False):
@@ -291,9 +293,9 @@ def continue_held_out(model, frames, samples, seed=0, roll_out=continue_clips, *
     return torch.cat(truths), torch.cat(rollouts)
 
 
-def measure_held_out(model, made):
+def measure_held_out(model, made, split="test"):
     """`data.measure` of what `continue_held_out` made: (samples, frames, 3)."""
-    clips = held_out(model.run, made.shape[1])
+    clips = held_out(model.run, made.shape[1], split)
     return measure(made, [clips.caption(i) for i in range(len(made))], clips.wall)
 
 
@@ -436,7 +438,8 @@ def open_model(args, path):
 
 def autocast(precision, device):
     """The context of the network's passes at a --precision: bf16 autocast, or none."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+    enabled = {"fp32": False, "bf16": True}[precision]
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def latest_run():

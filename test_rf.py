@@ -224,6 +224,38 @@ def test_resampling_carries_no_gradient_and_training_still_does(autocast):
     assert all(p.grad is not None and p.grad.norm() > 0 for p in net.parameters())
 
 
+def test_the_loss_of_the_last_frame_teaches_how_the_history_is_written():
+    """The redrawn frames carry no gradient, but their keys and values do: cut these off, and the
+    gradient of the loss of the last frame alone is another (compare arXiv 2607.20368)."""
+    net, (x, x_t, t, c) = tiny(), clip()
+    history = self_resample(net, x[:, :-1], c)
+    assert not history.requires_grad
+
+    def gradient():
+        v = net(x_t, t, c, history)[:, -1]
+        net.zero_grad()
+        v.square().sum().backward()
+        return v.detach(), [
+            z.grad.clone()
+            for block in net.blocks
+            for z in (block.self_attn.k.weight, block.self_attn.v.weight)
+        ]
+
+    v, whole = gradient()
+    for block in net.blocks:
+        for module in (block.self_attn.norm_k, block.self_attn.v):
+            module.register_forward_hook(cut_history)
+    same_v, cut = gradient()
+    assert close(v, same_v)
+    for a, b in zip(whole, cut):
+        assert (a - b).norm() > 0.1 * a.norm(), "much of it comes through the history"
+
+
+def cut_history(module, args, out):
+    """Detach the rows of the 5 history frames of `clip`: out (B, 5 + 6, P, D)."""
+    return torch.cat([out[:, :5].detach(), out[:, 5:]], dim=1)
+
+
 @pytest.mark.parametrize("name", HISTORY)
 def test_every_history_of_table_2_is_shaped_like_the_frames_and_has_no_gradient(name):
     net, (x, _, _, c) = tiny(), clip()

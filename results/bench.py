@@ -1,4 +1,4 @@
-"""Speed of a training step, of attention, of sampling, and of a folder of videos.
+"""Speed of a training step, of attention and of sampling.
 
   python results/bench.py step
   python results/bench.py step --preset wan-1.3b --size 60x104 --frames 63 --batch 1
@@ -7,12 +7,10 @@
 --top-k 5
   python results/bench.py sample --frames 500
   python results/bench.py sample --preset wan-1.3b --size 60x104 --frames 63 --steps 4 --guidance 1
-  python results/bench.py videos
 
 step       a teacher-forcing step and one of --history, on random clips; takes train.py's flags
 attention  dense and routed attention under the mask of training, forward and backward
 sample     time by the number of the frame, and frames a second; takes sample.py's flags
-videos     opening a folder of videos, and reading batches of clips
 
 What is compared runs in turn in one process, and medians are printed: on a shared machine only
 their ratios can be trusted. Work is counted as the mask leaves it, backward as two forwards,
@@ -20,23 +18,19 @@ nothing for recomputation; the floor is that work at the speed of a product of t
 COMMAND -h shows its flags. N noisy and M history frames, P tokens in a frame.
 """
 
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
 import train
-from data import DEVICES, Parser, Videos, number, picture_size, run_main, sides, writer
+from data import DEVICES, Parser, number, picture_size, run_main, sides
 from model import PRESETS, CausalDiT, Config, load_checkpoint
 from rf import HISTORY, flow_matching_loss
 from routing import attend, block_mask, sparse_causal_mask, visible
@@ -149,7 +143,7 @@ def make_steps(argv):
             rows = slice(part, None, args.accumulate)
             rng = train.ClipNoise(args.seed, range(B)[rows], device)
             flags = (args.shift, args.resample_steps, args.noise, rng)
-            with train.autocast(args, device):
+            with train.autocast(args.precision, device):
                 history = HISTORY[name](net, x[rows, :-1], c[rows], *flags)
                 loss = flow_matching_loss(net, x[rows], c[rows], history, args.time_shift, rng)
             (loss / args.accumulate).backward()
@@ -264,7 +258,7 @@ def time_sampling(argv):
     given = torch.zeros(args.samples, *shape, device=args.device)
     c = torch.randn(args.samples, text_rows(config), config.text_dim, device=args.device)
     times, last = [], time.perf_counter()
-    with sample.autocast(model, args.device):
+    with sample.autocast(run["precision"], args.device):
         for _ in sample.generate(model, [(0, c)], given, frames, **settings):
             wait_for(args.device)
             times.append(time.perf_counter() - last)
@@ -279,51 +273,7 @@ def time_sampling(argv):
     print_memory(args.device)
 
 
-def time_videos(argv):
-    """Time opening a folder of made videos, twice, and a batch of its clips.
-
-    Beside them plain decoding to RGB by PyAV, a file after the other, and a default step.
-    """
-    sizes = {"files": 200, "length": 64, "side": 256, "size": 64, "frames": 16, "batch": 8}
-    args = parse(argv, time_videos.__doc__, "videos [flags]", **sizes, repeats=10)
-    steps, _ = make_steps(["--device", args.device])
-    t, y, x = np.ogrid[: args.length, : args.side, : args.side]
-    pattern = np.stack(np.broadcast_arrays(x + 3 * t, y + 2 * t, x + y + t), -1).astype(np.uint8)
-
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # which gets runs/cache, too
-        paths = [Path(f"clips/{i:04}.mp4") for i in range(args.files)]
-        for path in paths:
-            with writer(path, 30) as write:
-                write(pattern)
-
-        times = [time.perf_counter()]
-        for _ in range(2):
-            clips = Videos("clips", args.size, args.frames)
-            times.append(time.perf_counter())
-        for path in paths:
-            with av.open(str(path)) as container:
-                for frame in container.decode(video=0):
-                    frame.to_ndarray(format="rgb24")
-        times.append(time.perf_counter())
-        functions = {
-            "batch": lambda: default_collate([clips[i] for i in range(args.batch)]),
-            "step": steps["teacher"][0],
-        }
-        median = medians(functions, args.repeats, args.device)
-    first, second, plain = np.diff(times)
-    print(
-        f"opening {args.files} videos: {first:.1f} s at first, {first / plain:.2f} x plain "
-        f"decoding; {1000 * second:.0f} ms then"
-    )
-    print(
-        f"a batch of {args.batch} clips of {args.frames} frames: {1000 * median['batch']:.1f} ms, "
-        f"{median['batch'] / median['step']:.1%} of a default step"
-    )
-
-
-COMMANDS = {"step": time_steps, "attention": time_attention}
-COMMANDS |= {"sample": time_sampling, "videos": time_videos}
+COMMANDS = {"step": time_steps, "attention": time_attention, "sample": time_sampling}
 
 
 def main(argv):

@@ -1,14 +1,29 @@
-# Sourced by the scripts of this folder. One thread; start several scripts side by side.
+# Sourced by the scripts of this folder: the one recipe of all their runs. One thread each; start
+# scripts of several seeds side by side. Runs are $runs/NAME-$seed, and a killed script goes on.
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-train="python train.py --sample-every 100000"
+export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
+seed=${1:?which seed?}
+runs=${2:-runs}
+steps=2400
 
-row() {  # row OUT COMMAND...: run the command, unless it has finished before
-    out=$1
-    shift
-    [ -e "$out/done" ] && return
-    rm -rf "${out:?}"
-    "$@" --out "$out"
-    touch "$out/done"
+train() {  # train NAME FLAGS...
+    out=$runs/$1-$seed
+    if [ -e $out/ckpt.pt ]; then
+        [ -e $out/samples/final.gif ] || python train.py --resume --out $out
+    else
+        rm -rf $out
+        python train.py --layers 4 --lr 5e-3 --muon-lr 0.015 --sample-every 100000 --seed $seed --out $out "${@:2}"
+    fi
+    [ -e $out/samples/final.gif ] || exit 1  # Ctrl-C stops a run, and then the script
 }
+
+warm_up() {  # warm_up NAME FLAGS...: the teacher forcing with which rows begin
+    train $1 --history teacher --warmup 6000 --steps 6000 --decay constant "${@:2}"
+}
+
+row() {  # row WARM-UP NAME FLAGS...
+    train $2 --init $runs/$1-$seed --warmup 0 --steps $steps "${@:3}"
+}
+

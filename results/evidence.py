@@ -1,29 +1,31 @@
 """Measure runs on held-out sprites, and redraw the tables and strips of the two README files.
 
-  python results/evidence.py measure results/table-1.json runs/table-1/*
-  python results/evidence.py time results/table-1.json runs/table-1/*
-  python results/evidence.py baselines results/table-1.json
-  python results/evidence.py strip results/table-1.png runs/table-1/*-0
+  python results/evidence.py measure results/table-2.json runs/resample-0 runs/teacher-0
+  python results/evidence.py time results/table-1.json runs/*-0
+  python results/evidence.py baselines results/table-2.json
+  python results/evidence.py strip results/table-1.png runs/*-0
   python results/evidence.py tables
 
-measure    continue held-out clips with each run's own sampler, and write the scores of every frame
-           into a JSON file, by the run's name, NAME-SEED. A run whose weights were measured before
-           is skipped, so that a killed command goes on; other weights of that name replace it
+measure    continue clips of the split "final" with each run's own sampler, and write the scores of
+           every frame into a JSON file, by the run's name, NAME-SEED. A run whose weights were
+           measured in the same way before is skipped, so that a killed command goes on
 time       add what a new frame costs, all runs in turn in one process
-baselines  score the truth, a copy of the last given frame, and sprites that go straight on
+baselines  score the truth, and a copy of the last given frame
 strip      draw a clip of each measured run below one another
 tables     rewrite what stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and
            results/README.md from results/FILE.json. KIND is one of TABLES. NAMES are the rows, all
            if left out; NAME=LABEL shows another name, with spaces for its underscores
 
-The JSON is {name: {seed: measured}}; see `measure_run`. T frames.
+The JSON is {name: {seed: measured}}; see `measure_run`. B videos, T frames, K colours.
 """
 
+import copy
 import hashlib
 import json
 import re
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,12 +38,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
-from data import Parser, Sprites, measure, number, paint, replacing, run_main
+from data import SEEN, Parser, Sprites, fit_video, measure, number, replacing, run_main
 from model import load_checkpoint
-from results.rivals import ROLLOUTS, plain_rollout
-from sample import GIVEN, continue_held_out, held_out, run_folder, standard_error
+from results.rivals import ROLLOUTS, Told, plain_rollout
+from sample import GIVEN, continue_held_out, default_sampler, held_out, run_folder, standard_error
+from train import OF_THE_CALL
 
 COLUMNS = {"Temporal": 1, "Visual": 0, "Text": 2}  # of data.measure's scores
+AGAINST_TRUTH = {"still there": 3, "distance": 4}  # of `against_truth`, in % and in pixels
 COSTS = {"minutes": 1, "teacher_minutes": 1, "passes": 2, "milliseconds": 1}  # and digits shown
 RESULTS = Path(__file__).resolve().parent
 PAGES = (RESULTS.parent / "README.md", RESULTS / "README.md")
@@ -70,9 +74,26 @@ def new_frames(net, given, c, frames, seed):
     return ROLLOUTS.get(net.run.get("method"), plain_rollout)(net, given, c, frames, seed)
 
 
+class WriteRecent:
+    """A network that writes finished frames into the cache in a pass of its own.
+
+    In this pass a frame sees the `window` frames before it; noisy frames see all of the cache.
+    """
+
+    def __init__(self, net, window):
+        self.net, self.config, self.run, self.cache = net, net.config, net.run, net.cache
+        self.writer = copy.copy(net)  # the same weights
+        self.writer.config = replace(net.config, window=window)
+
+    def __call__(self, x, t, c, history=None, cache=None, first=0):
+        if history is not None:
+            self.writer(x[:, :0], t[:, :0], c, history, cache, first)
+        return self.net(x, t, c, None, cache, first)
+
+
 def on_true_history(net, truth, c, frames, seed):
     """Predict each frame from the true ones before it; takes the place of `continue_clips`."""
-    settings = sample.default_sampler(net)
+    settings = default_sampler(net)
     made = [truth[:, :GIVEN]]
     for n in range(GIVEN, frames):
         clip = sample.continue_clips(net, truth, c, n + 1, n, **settings, seed=seed + n)
@@ -80,60 +101,80 @@ def on_true_history(net, truth, c, frames, seed):
     return torch.cat(made, dim=1)
 
 
-def measure_run(run, net, args):
-    """Continue held-out clips by the run's own sampler, from --given true frames.
+def against_truth(made, truth, captions, wall):
+    """Compare continued clips with the true ones, which two frames determine.
 
-    Returns a dictionary: weights, their fingerprint; videos, their number; frames (T, 3), the
-    scores of each frame, mean over the videos; errors (4, 3), the standard errors over the videos
-    of the three thirds and of the whole; true_history (T, 3) or None, each frame predicted from
-    true ones; minutes of this run's training, without those of a run it started from;
+    made, truth (B, T, 3, size, size), B captions -> (T, 2): the share in % of the true sprites in
+    sight that are still there, by the rule of `data.measure`; and the median distance in pixels of
+    these from the true ones, nan if there is none.
+    """
+    at, true = (fit_video(video, captions, wall)[0] for video in (made, truth))  # (B, T, K, 4)
+    asked = true[..., 3] > SEEN
+    there = asked & (at[..., 3] > SEEN)
+    distance = (at - true)[..., :2].norm(dim=-1).masked_fill(~there, torch.nan)
+    share = 100 * there.sum((0, 2)) / asked.sum((0, 2))
+    return torch.stack([share, distance.transpose(0, 1).flatten(1).nanmedian(1).values], dim=1)
+
+
+def measure_run(run, net, settings, true_history):
+    """Continue held-out clips by the run's own sampler, from some true frames.
+
+    settings: see `settings_of`. Returns a dictionary: weights, their fingerprint; settings; flags,
+    those of the training; frames (T, 3), the scores of each frame, mean over the videos; truth
+    (T, 2), see `against_truth`; true_history (T, 3) or None, the scores if each frame is predicted
+    from true ones; minutes of this run's training, without those of a run it started from;
     teacher_minutes, those of the teacher of a distilled run. Keeps the first clips in the run's
     samples/ for `strip`.
     """
+    T, split = settings["frames"], settings["split"]
 
     def roll_out(net, truth, c, frames, seed):
-        given = truth[:, : args.given]
+        if settings["history_level"]:
+            net = Told(net, settings["history_level"])
+        if settings["write_window"]:
+            net = WriteRecent(net, settings["write_window"])
+        given = truth[:, : settings["given"]]
         return torch.cat([given, *new_frames(net, given, c, frames, seed)], dim=1)
 
-    truth, made = continue_held_out(net, args.frames, args.samples, roll_out=roll_out)
-    scores = sample.measure_held_out(net, made)
+    def score(roll_out):
+        clips = continue_held_out(net, T, settings["samples"], split=split, roll_out=roll_out)
+        return *clips, rounded(sample.measure_held_out(net, clips[1], split).nanmean(0))
+
+    truth, made, scores = score(roll_out)
     path = run_folder(run) / "samples" / "measured.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, truth=truth[:KEPT].half().numpy(), made=made[:KEPT].half().numpy())
 
-    on_truth = None
-    if args.true_history:
-        _, made = continue_held_out(net, args.frames, args.samples, roll_out=on_true_history)
-        on_truth = rounded(sample.measure_held_out(net, made).nanmean(0))
-
+    clips = held_out(net.run, T, split)
+    captions = [clips.caption(i) for i in range(len(made))]
     teacher = net.run.get("teacher")
     return {
         "weights": fingerprint(net),
-        "videos": args.samples,
-        "frames": rounded(scores.nanmean(0)),
-        "errors": rounded(standard_errors(scores)),
-        "true_history": on_truth,
+        "settings": settings,
+        "flags": {name: str(z) for name, z in net.run.items() if name not in OF_THE_CALL},
+        "frames": scores,
+        "truth": rounded(against_truth(made, truth, captions, clips.wall)),
+        "true_history": score(on_true_history)[2] if true_history else None,
         "minutes": minutes_of(run, net.run),
         "teacher_minutes": minutes_of(teacher) if teacher else 0,
     }
 
 
+def settings_of(net, args):
+    """How a run is measured: the clips, the run's own sampler, and what changes it."""
+    names = ("frames", "samples", "split", "given", "history_level", "write_window")
+    return {name: getattr(args, name) for name in names} | default_sampler(net)
+
+
 def fingerprint(net):
-    """Hash of a network's weights, twelve digits."""
-    content = b"".join(weight.numpy().tobytes() for weight in net.state_dict().values())
-    return hashlib.sha256(content).hexdigest()[:12]
+    """Hash of a network's weights in half precision, as pack.py writes them, twelve digits."""
+    weights = (weight.half().numpy().tobytes() for weight in net.state_dict().values())
+    return hashlib.sha256(b"".join(weights)).hexdigest()[:12]
 
 
 def rounded(scores):
-    """Scores as lists with two decimals; what was not measured is None."""
-    return [[None if z != z else round(z, 2) for z in row] for row in scores.tolist()]
-
-
-def standard_errors(scores):
-    """Standard errors over the videos (4, 3) of scores (B, T, 3): three thirds and the whole."""
-    edges = third_edges(scores.shape[1])
-    parts = [scores[:, start:end].nanmean(1) for start, end in edges]
-    return torch.stack([standard_error(part) for part in parts])
+    """Scores as lists with one decimal; what was not measured is None."""
+    return [[None if z != z else round(z, 1) for z in row] for row in scores.tolist()]
 
 
 def third_edges(T):
@@ -165,15 +206,16 @@ def measure_runs(args):
         net = load_run(run)
         if args.true_history and "method" in net.run:
             raise ValueError(f"{run}: --true-history goes with runs of train.py")
+        settings = settings_of(net, args)
         known = read_rows(args.file).get(name, {}).get(seed, {})
-        same = known.get("weights") == fingerprint(net) and known["videos"] == args.samples
+        same = (known.get("weights"), known.get("settings")) == (fingerprint(net), settings)
         if same and (known["true_history"] or not args.true_history):
             continue
-        measured = measure_run(run, net, args)
+        measured = measure_run(run, net, settings, args.true_history)
         rows = read_rows(args.file)  # another process may have added a run
         rows.setdefault(name, {})[seed] = measured
         write_json(args.file, {name: dict(sorted(rows[name].items())) for name in sorted(rows)})
-    print(thirds_table(read_rows(args.file)))
+    print(overall_table(read_rows(args.file)))
 
 
 def time_runs(args, frames=32):
@@ -206,24 +248,18 @@ def time_runs(args, frames=32):
 
 
 def baselines(args):
-    """Score the truth, the last given frame repeated, and the given motion without bounces."""
+    """Score the truth, and the last given frame repeated."""
     check_length(args)
-    test, frame = Sprites(32, args.frames, 0, "test"), torch.arange(args.frames)
-    videos = {"truth": [], "copy": [], "straight": []}
-    for i in range(args.samples):
-        colour, shape, at = test.scene(i)
-        straight = at[:1] + frame[:, None, None] * (at[1] - at[0])
-        videos["truth"].append(test[i][0])
-        videos["copy"].append(test[i][0][frame.clamp(max=GIVEN - 1)])
-        videos["straight"].append(paint(straight, shape, colour, test.size))
-
+    clips, frame = Sprites(32, args.frames, 0, args.split), torch.arange(args.frames)
+    captions = [clips.caption(i) for i in range(args.samples)]
+    truth = torch.stack([clips[i][0] for i in range(args.samples)])
     rows = read_rows(args.file)
-    for name, made in videos.items():
-        scores = measure(torch.stack(made), [test.caption(i) for i in range(args.samples)])
-        frames, errors = rounded(scores.nanmean(0)), rounded(standard_errors(scores))
-        rows[name] = {"0": {"videos": args.samples, "frames": frames, "errors": errors}}
+    for name, made in {"truth": truth, "copy": truth[:, frame.clamp(max=GIVEN - 1)]}.items():
+        scores = measure(made, captions).nanmean(0)
+        distances = against_truth(made, truth, captions, wall=False)
+        rows[name] = {"0": {"frames": rounded(scores), "truth": rounded(distances)}}
     write_json(args.file, rows)
-    print(thirds_table(rows))
+    print(overall_table(rows))
 
 
 def split_name(run):
@@ -259,35 +295,34 @@ def write_json(path, content):
 
 
 def scores_of(seeds):
-    """The scores (seeds, T, 3) of {seed: measured}."""
-    return torch.stack([unrounded(measured["frames"]) for measured in seeds.values()])
+    """The scores (seeds, T, 5) of {seed: measured}, see COLUMNS and AGAINST_TRUTH."""
+    return torch.stack([scores_of_seed(measured) for measured in seeds.values()])
 
 
-def unrounded(rows):
-    """A tensor of what `rounded` made: None is nan."""
-    return torch.tensor([[np.nan if z is None else z for z in row] for row in rows])
+def scores_of_seed(measured):
+    rows = measured["frames"]
+    truth = measured.get("truth") or [[None, None]] * len(rows)  # not of frames on true history
+    values = [[np.nan if z is None else z for z in sum(row, [])] for row in zip(rows, truth)]
+    return torch.tensor(values)
 
 
 def true_history_of(seeds):
     """{seed: measured} with the scores on true history as its frames; others are left out."""
     return {
-        seed: measured | {"frames": measured["true_history"]}
+        seed: {"frames": measured["true_history"]}
         for seed, measured in seeds.items()
         if measured.get("true_history")
     }
 
 
 def means_and_errors(seeds):
-    """Means and standard errors (4, 3) of the thirds and the whole.
-
-    The errors are those over the seeds, or over the videos of a single seed.
-    """
+    """Means and standard errors over the seeds (4, 5) of the thirds and the whole."""
     scores = scores_of(seeds)
     parts = [scores[:, start:end].nanmean(1) for start, end in third_edges(scores.shape[1])]
-    means = torch.stack([part.mean(0) for part in parts])
-    if len(seeds) == 1:
-        return means, unrounded(next(iter(seeds.values()))["errors"])
-    return means, torch.stack([standard_error(part) for part in parts])
+    return (
+        torch.stack([part.mean(0) for part in parts]),
+        torch.stack([standard_error(part) for part in parts]),
+    )
 
 
 def markdown(head, rows):
@@ -302,33 +337,18 @@ def slashed(scores):
     return " / ".join(f"{scores[i]:.0f}" for i in COLUMNS.values())
 
 
-def thirds_table(rows):
-    """Temporal, Visual and Text of the three thirds of each row, ± standard error."""
-    T = scores_of(next(iter(rows.values()))).shape[1]
-    edges = [f"{start}-{end - 1}" for start, end in third_edges(T)[:3]]
-    width = max(map(len, rows)) + 2
-    lines = [
-        " " * width + "".join(f"{name:^36}" for name in COLUMNS),
-        f"{'frames':{width}}" + "".join(f"{edge:>12}" for edge in edges) * len(COLUMNS),
-    ]
-    for name, seeds in rows.items():
-        means, errors = means_and_errors(seeds)
-        line = f"{name:{width}}"
-        for i in COLUMNS.values():
-            for part in range(3):
-                line += f"{means[part, i]:6.1f} ±{errors[part, i]:4.1f}"
-        lines.append(line)
-    return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
-
-
 def overall_table(rows):
-    """Temporal, Visual and Text over all frames, and the last third."""
-    table = {}
+    """Temporal, Visual and Text over all frames; the last third, compared with the truth, too."""
+    table, head = {}, [*(f"*{name}*" for name in COLUMNS), "last third"]
     for name, seeds in rows.items():
         means, errors = means_and_errors(seeds)
-        cells = [f"{means[3, i]:.1f} ± {errors[3, i]:.1f}" for i in COLUMNS.values()]
-        table[name] = [*cells, slashed(means[2])]
-    return markdown([*(f"*{name}*" for name in COLUMNS), "last third"], table)
+        shown = [f"{z:.1f} ± {e:.1f}" for z, e in zip(means[3], errors[3])]
+        table[name] = [*(shown[i] for i in COLUMNS.values()), slashed(means[2])]
+        if "truth" in next(iter(seeds.values())):
+            head[4:] = AGAINST_TRUTH
+            there, distance = (f"{means[2, i]:.1f} ± {errors[2, i]:.1f}" for i in (3, 4))
+            table[name] += [f"{there} %", f"{distance} px"]
+    return markdown(head, table).replace(" ± nan", "")
 
 
 def costs_table(rows):
@@ -377,12 +397,28 @@ def lead_table(rows):
     return markdown([f"*{name}*" for name in COLUMNS], table)
 
 
+def pairs_table(rows):
+    """What comes out behind the wall, in % of the clips of memory.py, mean ± error over the seeds.
+
+    *own of two*: of the clips with one of the two colours, those with their own. Chance is 50 %.
+    """
+    table = {}
+    for name, seeds in rows.items():
+        counts = [z["pairs"] for z in seeds.values() if "pairs" in z]
+        shares = [[100 * n / sum(z.values()) for n in z.values()] for z in counts]
+        of_two = [100 * z["own"] / max(1, z["own"] + z["other"]) for z in counts]
+        values = torch.cat([torch.tensor(shares), torch.tensor(of_two)[:, None]], dim=1)
+        cells = zip(values.mean(0), standard_error(values))
+        table[name] = [f"{mean:.0f} ± {error:.0f}" for mean, error in cells]
+    return markdown(["its own colour", "the other clip's", "a third", "none", "own of two"], table)
+
+
 TABLES = {
-    "thirds": thirds_table,
     "overall": overall_table,
     "costs": costs_table,
     "bias": bias_table,
     "lead": lead_table,
+    "pairs": pairs_table,
 }
 
 
@@ -443,10 +479,16 @@ def parse(argv):
     add("--frames", type=number(int, GIVEN + 1), default=100,
         help="length of a clip, given frames included (default: %(default)s)")
     add("--samples", type=number(int, 1), default=64, help="clips (default: %(default)s)")
+    add("--split", choices=("test", "final"), default="final",
+        help="which held-out clips (default: %(default)s)")
     add("--given", type=number(int, 0), default=GIVEN,
         help="measure: true frames to continue; 0: from nothing (default: %(default)s)")
     add("--true-history", action="store_true",
         help="measure: also predict each frame from true ones")
+    add("--history-level", type=number(float, 0, 1), default=0,
+        help="measure: tell the network that finished frames have this noise level (default: 0)")
+    add("--write-window", type=number(int, 1),
+        help="measure: write a frame into the cache in a pass that sees only so many before it")
     add("--clip", type=number(int, 0), default=0, help="strip: which clip (default: %(default)s)")
     add("--labels", nargs="+", help="strip: names of the rows (default: the runs')")
     # fmt: on

@@ -1,14 +1,16 @@
-"""Draw the curves of results/*.json: pip install matplotlib && python results/plot.py
+"""Draw the curves of results/*.json, all or some.
 
-  drift.png    score against frame for the four histories of Table 2, from table-1.json
-  rivals.png   the same for the nine rows of Table 1
-  long.png     the same over 1,000 frames for the two models in results/, from long.json
-  fig-6.png    score against the timestep shift s of self-resampling, from fig-6.json
-  fig-7.png    score against frame with less and less history in sight, from fig-7.json
+  pip install matplotlib && python results/plot.py
+  python results/plot.py long drift
+
+  long.png     four histories over 1,000 frames, from long.json
+  drift.png    the same over 100 frames, with the distance to the truth, from sprites.json
+  rivals.png   the nine rows of Table 1, from sprites.json
+  fig-6.png    scores against the timestep shift s of self-resampling, from sprites.json
+  fig-7.png    scores with less and less history in sight, from hidden.json
 
 A solid line is the mean over the seeds, a band their standard deviation (rivals.png has none), and
 a dashed line the same models on true history: the distance between the two is exposure bias.
-Scores are averaged over SMOOTH frames.
 """
 
 import sys
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Parser, run_main
 from results.evidence import (
+    AGAINST_TRUTH,
     COLUMNS,
     RESULTS,
     means_and_errors,
@@ -28,39 +31,36 @@ from results.evidence import (
     true_history_of,
 )
 
-TRAINED = 10  # frames of a training clip; 12 in fig-7.json
-SMOOTH = 5
-HISTORIES = {  # row of table-1.json: label, colour, marker, line width
-    "nova": ("teacher forcing", "#d62728", "s", 1.4),
-    "pyramid-flow": ("history noise", "#d68a00", "^", 1.4),
+PANELS = {  # title: column of the scores
+    "Temporal": COLUMNS["Temporal"],
+    "Visual": COLUMNS["Visual"],
+    "Text": COLUMNS["Text"],
+    "sprites still there, %": AGAINST_TRUTH["still there"],
+    "median distance to the truth, pixels": AGAINST_TRUTH["distance"],
+}
+HISTORIES = {  # row: label, colour, marker, line width
+    "teacher": ("teacher forcing", "#d62728", "s", 1.4),
+    "noise": ("history noise", "#d68a00", "^", 1.4),
     "parallel": ("parallel resampling", "#3a76c4", "D", 1.4),
-    "ours": ("resampling forcing", "#157f3b", "o", 2.4),
+    "resample": ("resampling forcing", "#157f3b", "o", 2.4),
 }
 RIVALS = {  # the rows of Table 1
-    "nova": ("teacher forcing", "#d62728", "s", 1.2),
-    "pyramid-flow": ("history noise", "#d68a00", "^", 1.2),
+    "teacher": ("teacher forcing", "#d62728", "s", 1.2),
+    "noise": ("history noise", "#d68a00", "^", 1.2),
     "skyreels": ("diffusion forcing", "#8c564b", "v", 1.2),
     "magi": ("pipelined diffusion forcing", "#7f7f7f", "<", 1.2),
     "causvid": ("DMD on real clips", "#e377c2", ">", 1.2),
     "self-forcing": ("DMD on rollouts", "#9467bd", "P", 1.2),
     "longlive": ("DMD on long rollouts", "#3a76c4", "D", 1.2),
-    "ours-routed": ("resampling, routed", "#111111", "X", 2.0),
-    "ours": ("resampling", "#157f3b", "o", 2.4),
+    "routed": ("resampling, routed", "#111111", "X", 2.0),
+    "resample": ("resampling", "#157f3b", "o", 2.4),
 }
-MODELS = {  # row of long.json
-    "teacher": HISTORIES["nova"],
-    "resample": HISTORIES["ours"],
-}
-MEMORY = {  # row of fig-7.json
+MEMORY = {  # rows of hidden.json
     "dense": ("all frames", "#157f3b", "o", 2.4),
     "top-5": ("routing, k = 5", "#3a76c4", "D", 1.4),
     "window-5": ("window of 5", "#d68a00", "^", 1.4),
     "top-1": ("routing, k = 1", "#9467bd", "P", 1.4),
     "window-1": ("window of 1", "#d62728", "s", 1.4),
-}
-BASELINES = {  # no model: the last given frame, copied; sprites that fly on through the walls
-    "copy": ("frozen", ":"),
-    "straight": ("straight on", (0, (1, 3))),
 }
 
 
@@ -73,44 +73,34 @@ def smooth(curve, width):
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def draw_curves(
-    plt, rows, styles, path, width=SMOOTH, alone=False, bands=True, trained=TRAINED, lowest=0
-):
-    """One panel for each metric: score against frame, smoothed over `width` frames.
+def draw_curves(plt, rows, path, styles, panels, smoothed=5, trained=10, bands=True):
+    """Score against frame, a panel for each of `panels`, names of PANELS.
 
-    styles: as HISTORIES. alone: draw neither BASELINES nor the curves on true history. bands: draw
-    the spread of the seeds. trained: frames of a training clip, for the mark. lowest: score at the
-    bottom. Raises ValueError if a row is not measured.
+    styles: as HISTORIES. smoothed: frames in a running mean. trained: frames of a training clip,
+    for the mark. bands: draw the spread of the seeds. Raises ValueError if a row is not measured.
     """
-    baselines = {} if alone else BASELINES
-    missing = [name for name in (*styles, *baselines) if name not in rows]
+    missing = [name for name in styles if name not in rows]
     if missing:
         raise ValueError(f"{path.name} needs the rows {', '.join(missing)}; run their script first")
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
-    for axis, (metric, column) in zip(axes, COLUMNS.items()):
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.3))
+    for axis, panel in zip(axes, panels):
+        column = PANELS[panel]
         for name, style in styles.items():
-            draw_row(axis, rows[name], column, width, style, bands)
+            draw_row(axis, rows[name], column, smoothed, style, bands)
             on_truth = true_history_of(rows[name])
-            if on_truth and not alone:
-                curve = smooth(scores_of(on_truth).nanmean(0)[:, column].numpy(), width)
+            if on_truth and column in COLUMNS.values() and bands:
+                curve = smooth(scores_of(on_truth).nanmean(0)[:, column].numpy(), smoothed)
                 axis.plot(curve, color=style[1], linewidth=0.9, linestyle="--")
-        for name, (label, dashes) in baselines.items():
-            curve = smooth(scores_of(rows[name])[0, :, column].numpy(), width)
-            axis.plot(curve, color="#555555", linewidth=1, linestyle=dashes, label=label)
 
         axis.axvline(trained, color="#999999", linewidth=0.8)
-        axis.set_title(metric, loc="left", fontsize=11)
+        axis.set_title(panel, loc="left", fontsize=11)
         axis.set_xlabel("frame")
         axis.set_xlim(0, scores_of(rows[name]).shape[1] - 1)
-        axis.set_ylim(lowest, 102)
+        axis.set_ylim(0, None if panel.endswith("pixels") else 102)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelleft=True)
-    axes[0].set_ylabel("score, 100 is perfect")
-    if not alone and any(true_history_of(rows[name]) for name in styles):
-        axes[0].plot([], [], color="#555555", linewidth=0.9, linestyle="--", label="true history")
-    axes[0].text(trained, lowest + 7, " training clips end", fontsize=8, color="#777777")
+    axes[0].text(trained, 5, " training clips end", fontsize=8, color="#777777")
     lines, labels = axes[0].get_legend_handles_labels()
-    columns = len(lines) if len(lines) < 8 else 5
+    columns = len(lines) if len(lines) < 6 else 5
     figure.legend(lines, labels, loc="lower center", bbox_to_anchor=(0.5, 0.98),
                   ncols=columns, columnspacing=1.2, frameon=False, fontsize=9)  # fmt: skip
     save(figure, path)
@@ -132,9 +122,11 @@ def draw_row(axis, seeds, column, width, style, band):
 def draw_shift(plt, rows, path):
     """Scores of the last third against s, with the standard errors of `means_and_errors`."""
     figure, axis = plt.subplots(figsize=(5, 3.2))
-    names = sorted((name for name in rows if name.startswith("s-")), key=lambda s: float(s[2:]))
-    shifts = [float(name[2:]) for name in names]
-    means, errors = zip(*(means_and_errors(rows[name]) for name in names))
+    rows = {float(name[2:]): seeds for name, seeds in rows.items() if name.startswith("s-")} | {
+        0.6: rows["resample"]
+    }
+    shifts = sorted(rows)
+    means, errors = zip(*(means_and_errors(rows[s]) for s in shifts))
     for (metric, column), marker in zip(COLUMNS.items(), "os^"):
         mean, error = ([z[2, column] for z in parts] for parts in (means, errors))
         axis.errorbar(shifts, mean, error, marker=marker, capsize=3, label=metric)
@@ -154,9 +146,10 @@ def save(figure, path):
 
 
 def main(argv):
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "%(prog)s [NAME ...] [flags]")
+    parser.add_argument("names", nargs="*", choices=[*PICTURES, []], metavar="NAME")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: results/)")
-    out = parser.parse_args(argv).out
+    args = parser.parse_args(argv)
     try:
         import matplotlib
 
@@ -164,14 +157,22 @@ def main(argv):
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("plot.py needs `pip install matplotlib`") from None
+    for name in args.names or PICTURES:
+        draw, source, options = PICTURES[name]
+        draw(plt, read_rows(RESULTS / f"{source}.json"), args.out / f"{name}.png", **options)
 
-    rows = {name: read_rows(RESULTS / f"{name}.json") for name in ("table-1", "long", "fig-7")}
-    draw_curves(plt, rows["table-1"], HISTORIES, out / "drift.png")
-    path = out / "rivals.png"
-    draw_curves(plt, rows["table-1"], RIVALS, path, alone=True, bands=False, lowest=40)
-    draw_curves(plt, rows["long"], MODELS, out / "long.png", 9 * SMOOTH)
-    draw_shift(plt, read_rows(RESULTS / "fig-6.json"), out / "fig-6.png")
-    draw_curves(plt, rows["fig-7"], MEMORY, out / "fig-7.png", alone=True, trained=12)
+
+METRICS, (THERE, DISTANCE) = list(COLUMNS), list(PANELS)[3:]
+PICTURES = {  # how to draw it, from which JSON
+    "long": (draw_curves, "long",
+             {"styles": HISTORIES, "panels": [THERE, "Temporal"], "smoothed": 45}),
+    "drift": (draw_curves, "sprites",
+              {"styles": HISTORIES, "panels": [*METRICS, THERE, DISTANCE]}),
+    "rivals": (draw_curves, "sprites",
+               {"styles": RIVALS, "panels": ["Temporal", "Text", THERE], "bands": False}),
+    "fig-6": (draw_shift, "sprites", {}),
+    "fig-7": (draw_curves, "hidden", {"styles": MEMORY, "panels": METRICS, "trained": 12}),
+}  # fmt: skip
 
 
 if __name__ == "__main__":

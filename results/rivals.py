@@ -1,8 +1,8 @@
 """Table 1 on the sprites: the training principles of the paper's rivals, on one network.
 
-  python results/rivals.py skyreels --init runs/t1/warm-0 --out runs/t1/skyreels-0
-  python results/rivals.py self-forcing --init runs/t1/warm-0 --teacher runs/t1/real-0 \
---out runs/t1/self-forcing-0
+  python results/rivals.py skyreels --init runs/warm-0 --out runs/skyreels-0
+  python results/rivals.py self-forcing --init runs/warm-0 --teacher runs/real-0 \
+--out runs/self-forcing-0
 
 A row follows the principle of one system, and is not that system. Teacher forcing (after NOVA),
 history noise (after Pyramid Flow) and resampling are runs of train.py.
@@ -14,6 +14,8 @@ history noise (after Pyramid Flow) and resampling are runs of train.py.
   causvid       distilled by DMD from a bidirectional teacher, on noised real clips (after CausVid)
   self-forcing  the same, on the student's own rollouts (after Self Forcing)
   longlive      the same, on long rollouts with a window and a sink (after LongLive)
+  told          resampling, but the network is told from which level the history was redrawn; a row
+                of Fig. 6, not a rival
 
 Clips, network and sizes are those of the run that --init names. B videos, N frames of a clip, C
 channels, L words.
@@ -34,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import Parser, fold, number, open_data, run_main
 from model import LEAST_T, Cache, CausalDiT, load_checkpoint, load_weights, read_checkpoint
-from rf import Guided, add_noise, flow_matching_loss, shift
+from rf import Guided, add_noise, flow_matching_loss, noise_to_t_s, rollout, shift
 from sample import GIVEN, SAMPLERS, default_sampler, generate
 
 STEPS = SAMPLERS["sprites"]["steps"]  # of a frame, and noise levels of a distilled student
@@ -122,26 +124,51 @@ class DiffusionForcing:
         return diffusion_forcing_loss(net, x, c, t, rng)
 
 
-class NoisyHistory:
+class Told:
+    """A network that is told a noise level of its history, instead of 0.
+
+    level: a number, or (B, 1).
+    """
+
+    def __init__(self, net, level):
+        self.net, self.config, self.run, self.cache = net, net.config, net.run, net.cache
+        self.level = torch.as_tensor(level)
+
+    def __call__(self, x, t, c, history=None, cache=None, first=0):
+        if history is None:
+            return self.net(x, t, c, None, cache, first)
+        history_t = self.level.to(x.device).expand(history.shape[:2])
+        return self.net(x, t, c, history, cache, first, history_t)
+
+
+class NoisyHistory(Told):
     """A network whose history is noised to a small level, which it is told, as in SkyReels-V2.
 
     All videos of a batch get the same noise, so that both branches of guidance see one history.
     """
 
     def __init__(self, net, seed, level=0.02):
-        self.net = net
-        self.config = net.config
-        self.run = net.run
-        self.cache = net.cache
-        self.level = level
+        super().__init__(net, level)
         self.rng = SeededNoise(~seed)  # not the noise from which a frame starts
 
     def __call__(self, x, t, c, history=None, cache=None, first=0):
-        if history is None:
-            return self.net(x, t, c, None, cache, first)
-        level = torch.full(history.shape[:2], self.level, device=x.device)
-        eps = self.rng.randn(1, *history.shape[1:], device=x.device)
-        return self.net(x, t, c, add_noise(history, eps, level), cache, first, history_t=level)
+        if history is not None:
+            eps = self.rng.randn(1, *history.shape[1:], device=x.device)
+            history = add_noise(history, eps, self.level.to(x.device).expand(history.shape[:2]))
+        return super().__call__(x, t, c, history, cache, first)
+
+
+class ToldResampling:
+    """Resampling Forcing, but the history enters at t_s, from which it was redrawn, not at 0."""
+
+    def __init__(self, run):
+        self.s, self.time_shift = run.shift, run.time_shift
+
+    def loss(self, net, x, c, step, rng):
+        x_ts, t_s = noise_to_t_s(x[:, :-1], self.s, rng)
+        told = Told(net, t_s[:, None])
+        history = torch.cat(list(rollout(told, x_ts, t_s, c)), dim=1)
+        return flow_matching_loss(told, x, c, history, self.time_shift, rng)
 
 
 def skyreels_rollout(net, given, c, frames, seed):
@@ -392,6 +419,7 @@ METHODS = {
     "causvid": CausVid,
     "self-forcing": SelfForcing,
     "longlive": LongLive,
+    "told": ToldResampling,
 }
 DISTILLED = ("causvid", "self-forcing", "longlive")
 ROLLOUTS = {"skyreels": skyreels_rollout, "magi": magi_rollout}
@@ -460,7 +488,7 @@ def parse(argv):
     add("--init", type=Path, required=True, help="the run of train.py to begin with")
     add("--teacher", type=Path, help="bidirectional: a run with --chunk equal to --frames")
     add("--out", type=Path, required=True, help="a new folder")
-    add("--steps", type=number(int, 1), default=1800, help="default: %(default)s")
+    add("--steps", type=number(int, 1), default=2400, help="default: %(default)s")
     add("--lr", type=number(float, 1e-9),
         help="of AdamW (default: 5e-3); in a distilled row of the student and of the fake model "
              "(2e-4)")
