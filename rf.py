@@ -168,7 +168,7 @@ class Guided:
     def __call__(self, x, t, c, history=None, cache=None, first=0, history_t=None):
         x, t, history, history_t = map(twice, (x, t, history, history_t))
         c = torch.cat([c, self.null.expand_as(c)])
-        levels = [] if history_t is None else [history_t]  # of diffusion forcing alone
+        levels = [] if history_t is None else [history_t]  # many models take none
 
         v_c, v_null = self.model(x, t, c, history, cache, first, *levels).chunk(2)
         return v_c + (self.scale - 1) * (v_c - v_null)

@@ -234,7 +234,7 @@ def default_sampler(model):
     run, config = model.run, model.config
     kind = "sprites" if run["data"] in WORLDS else "videos" if run["words"] else "latents"
     window = run["frames"] // config.chunk - 1
-    if config.window:  # keys of a frame are computed a pass later, from `window` frames before it
+    if config.window:  # one more: a frame's keys, made a pass later, come from as many before it
         window = min(window, config.window + 1)
     return SAMPLERS[kind] | {"window": window or None}
 
@@ -356,8 +356,8 @@ def parse(argv):
     add("--then", nargs=2, action="append", default=[], metavar=("FRAME", "PROMPT"),
         help="switch to PROMPT at FRAME; may be repeated")
     add("--window", type=number(int, 0),
-        help="attend to at most this many past frames, so that time and memory per frame stay "
-             "flat (default: as in training; 0: all)")
+        help="attend to at most this many past frames (or chunks), so that time and memory per "
+             "frame stay flat (default: as in training; 0: all)")
     add("--sink", type=number(int, 0), default=0,
         help="of the window's frames, keep this many from the start of the video (default: 0)")
     add("--samples", type=number(int, 1),

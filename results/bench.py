@@ -87,16 +87,6 @@ def medians(functions, repeats, device="cpu"):
     return {name: float(np.median(z)) for name, z in times.items()}
 
 
-def parse(argv, doc, usage, **sizes):
-    """Flags from names and defaults, all whole numbers, and --device."""
-    parser = Parser(doc, f"%(prog)s {usage}")
-    for name, default in sizes.items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=number(int, 1), default=default, help="default: %(default)s")
-    parser.add_argument("--device", choices=DEVICES, default=DEVICES[-1])
-    return parser.parse_args(argv)
-
-
 def wait_for(device):
     if "cuda" in str(device):
         torch.cuda.synchronize(device)
@@ -193,8 +183,14 @@ def time_attention(argv):
     FlexAttention's blocks hold for one that the mask leaves. Random queries pick random frames,
     the worst case for blocks.
     """
-    sizes = {"frames": 16, "tokens": 64, "batch": 4, "heads": 4, "width": 32, "top_k": 5}
-    args = parse(argv, time_attention.__doc__, "attention [flags]", **sizes, repeats=20)
+    parser = Parser(time_attention.__doc__, "%(prog)s attention [flags]")
+    sizes = {"frames": 16, "tokens": 64, "batch": 4, "heads": 4, "width": 32, "top-k": 5}
+    for name, size in (sizes | {"repeats": 20}).items():
+        parser.add_argument(
+            f"--{name}", type=number(int, 1), default=size, help="default: %(default)s"
+        )
+    parser.add_argument("--device", choices=DEVICES, default=DEVICES[-1])
+    args = parser.parse_args(argv)
     N, P, device = args.frames, args.tokens, args.device
     dtype = torch.bfloat16 if "cuda" in device else torch.float32
     past, own = sparse_causal_mask(0, N - 1, N, 0)

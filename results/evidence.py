@@ -1,14 +1,14 @@
 """Measure runs on held-out sprites, and redraw the tables and strips of the two README files.
 
-  python results/evidence.py measure results/table-2.json runs/resample-0 runs/teacher-0
-  python results/evidence.py time results/table-1.json runs/*-0
-  python results/evidence.py baselines results/table-2.json
+  python results/evidence.py measure results/sprites.json runs/resample-0 runs/teacher-0
+  python results/evidence.py time results/sprites.json runs/resample-0 runs/teacher-0
+  python results/evidence.py baselines results/sprites.json
   python results/evidence.py strip results/table-1.png runs/*-0
   python results/evidence.py tables
 
 measure    continue clips of the split "final" with each run's own sampler, and write the scores of
            every frame into a JSON file, by the run's name, NAME-SEED. A run whose weights were
-           measured in the same way before is skipped, so that a killed command goes on
+           measured in the same way before is skipped: start a killed command again
 time       add what a new frame costs, all runs in turn in one process
 baselines  score the truth, and a copy of the last given frame
 strip      draw a clip of each measured run below one another
@@ -123,8 +123,7 @@ def measure_run(run, net, settings, true_history):
     those of the training; frames (T, 3), the scores of each frame, mean over the videos; truth
     (T, 2), see `against_truth`; true_history (T, 3) or None, the scores if each frame is predicted
     from true ones; minutes of this run's training, without those of a run it started from;
-    teacher_minutes, those of the teacher of a distilled run. Keeps the first clips in the run's
-    samples/ for `strip`.
+    teacher_minutes, those of the teacher of a distilled run. Keeps the first clips.
     """
     T, split = settings["frames"], settings["split"]
 
@@ -141,7 +140,7 @@ def measure_run(run, net, settings, true_history):
         return *clips, rounded(sample.measure_held_out(net, clips[1], split).nanmean(0))
 
     truth, made, scores = score(roll_out)
-    path = run_folder(run) / "samples" / "measured.npz"
+    path = clips_path(run, T)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, truth=truth[:KEPT].half().numpy(), made=made[:KEPT].half().numpy())
 
@@ -158,6 +157,11 @@ def measure_run(run, net, settings, true_history):
         "minutes": minutes_of(run, net.run),
         "teacher_minutes": minutes_of(teacher) if teacher else 0,
     }
+
+
+def clips_path(run, frames):
+    """Where `measure` keeps the first clips of a run, of so many frames, for `strip`."""
+    return run_folder(run) / "samples" / f"measured-{frames}.npz"
 
 
 def settings_of(net, args):
@@ -200,12 +204,13 @@ def minutes_of(run, flags=()):
 
 
 def measure_runs(args):
-    check_length(args)
+    check_clips(args)
+    changed = args.true_history or args.history_level or args.write_window
     for run in args.runs:
         name, seed = split_name(run)
         net = load_run(run)
-        if args.true_history and "method" in net.run:
-            raise ValueError(f"{run}: --true-history goes with runs of train.py")
+        if net.run.get("method") in ROLLOUTS and changed:
+            raise ValueError(f"{run} has its own sampler; leave out flags that change it")
         settings = settings_of(net, args)
         known = read_rows(args.file).get(name, {}).get(seed, {})
         same = (known.get("weights"), known.get("settings")) == (fingerprint(net), settings)
@@ -249,7 +254,7 @@ def time_runs(args, frames=32):
 
 def baselines(args):
     """Score the truth, and the last given frame repeated."""
-    check_length(args)
+    check_clips(args)
     clips, frame = Sprites(32, args.frames, 0, args.split), torch.arange(args.frames)
     captions = [clips.caption(i) for i in range(args.samples)]
     truth = torch.stack([clips[i][0] for i in range(args.samples)])
@@ -257,7 +262,8 @@ def baselines(args):
     for name, made in {"truth": truth, "copy": truth[:, frame.clamp(max=GIVEN - 1)]}.items():
         scores = measure(made, captions).nanmean(0)
         distances = against_truth(made, truth, captions, wall=False)
-        rows[name] = {"0": {"frames": rounded(scores), "truth": rounded(distances)}}
+        measured = {"frames": rounded(scores), "truth": rounded(distances)}
+        rows[name] = {"0": {"settings": clips_of(vars(args))} | measured}
     write_json(args.file, rows)
     print(overall_table(rows))
 
@@ -274,15 +280,21 @@ def read_rows(path):
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def check_length(args):
-    """Raise ValueError if the file holds runs of another length than --frames."""
-    rows = read_rows(args.file)
-    lengths = {len(measured["frames"]) for seeds in rows.values() for measured in seeds.values()}
-    if lengths - {args.frames}:
-        raise ValueError(
-            f"{args.file} holds runs of {max(lengths)} frames; --frames {args.frames} needs "
-            "another file"
-        )
+def clips_of(settings):
+    """What a file's rows must have in common, of `args` or of measured settings."""
+    return {name: settings[name] for name in ("frames", "samples", "split")}
+
+
+def check_clips(args):
+    """Raise ValueError if the file holds rows of other clips."""
+    wanted = clips_of(vars(args))
+    for name, seeds in read_rows(args.file).items():
+        for measured in seeds.values():
+            if clips_of(measured["settings"]) != wanted:
+                raise ValueError(
+                    f"{args.file}: {name} was measured with {clips_of(measured['settings'])}, not "
+                    f"{wanted}; another file would work"
+                )
 
 
 def write_json(path, content):
@@ -348,7 +360,7 @@ def overall_table(rows):
             head[4:] = AGAINST_TRUTH
             there, distance = (f"{means[2, i]:.1f} ± {errors[2, i]:.1f}" for i in (3, 4))
             table[name] += [f"{there} %", f"{distance} px"]
-    return markdown(head, table).replace(" ± nan", "")
+    return markdown(head, table).replace(" ± nan", "").replace("nan px", "-")
 
 
 def costs_table(rows):
@@ -450,7 +462,7 @@ def strip(args):
     """Draw clip number --clip of each run, the truth above them."""
     rows = {}
     for run in args.runs:
-        path = run_folder(run) / "samples" / "measured.npz"
+        path = clips_path(run, args.frames)
         if not path.exists():
             raise ValueError(f"no {path}; evidence.py measure writes it")
         clips = np.load(path)
@@ -497,6 +509,8 @@ def parse(argv):
         raise ValueError(f"{args.command} needs a file; -h shows examples")
     if args.command in ("time", "strip") and not args.runs:
         raise ValueError(f"{args.command} needs runs; -h shows examples")
+    if args.history_level and args.write_window:
+        raise ValueError("--history-level and --write-window: one at a time")
     return args
 
 

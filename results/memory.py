@@ -1,11 +1,13 @@
 """Fig. 7's paired control: is the hidden sprite remembered, or guessed?
 
-  python results/memory.py results/fig-7.json runs/dense-0 runs/window-5-0
+  python results/memory.py results/hidden.json runs/dense-0 runs/window-5-0
 
-Two clips differ in the colour of their one sprite alone. True frames are given to the last in which
-the wall hides it whole, after at least HIDDEN equal ones; both are continued with the same noise.
-As the sprite is out again, its colour is that of its own clip, that of the other, a third, or none.
-Without memory the first two are equally likely. Adds the counts to the runs in the JSON file.
+Two clips differ in the colour of their one sprite alone. True frames are given up to the last of
+HIDDEN or more in a row in which the wall hides it whole; both are continued with the same noise.
+When the sprite is out again, its colour is its own, that of the other clip, a third, or none. Where
+nothing of it is left in sight the first two are equally likely. A window sees further back than
+its length: the keys of its frames were computed from those before them. Adds the counts to the runs
+in the JSON file.
 """
 
 import sys
@@ -48,19 +50,16 @@ def questions(world, length):
         colour, shape, at = world.scene(i, length)
         cover = coverage(at, shape, world.size, radius_of(world.size))  # (T, 1, size, size)
         shown = (cover * ~wall_columns(world.size)).sum((1, 2, 3)) / cover.sum((1, 2, 3))
-        hidden = (shown == 0).nonzero()[:, 0].tolist()
-        if not hidden:
-            continue
-        first = last = hidden[0]
-        while last + 1 in hidden:
-            last += 1
-        out = (shown[last:] > OUT).nonzero()[:, 0].tolist()
-        if last - first + 1 < HIDDEN or not out:
+        gone = shown == 0
+        back = [t for t in range(HIDDEN, length) if gone[t - HIDDEN : t].all() and not gone[t]]
+        out = (shown[back[0] :] > OUT).nonzero()[:, 0].tolist() if back else []
+        if not out:
             continue
 
         twin = (colour + 1) % len(COLOURS)
-        clips = [paint(at[: last + out[0] + 1], shape, z, world.size, True) for z in (colour, twin)]
-        yield torch.stack(clips), last + 1, (colour, twin), shape
+        at = at[: back[0] + out[0] + 1]
+        clips = [paint(at, shape, z, world.size, wall=True) for z in (colour, twin)]
+        yield torch.stack(clips), back[0], (colour, twin), shape
 
 
 def answers(net, samples, length=48):
@@ -94,7 +93,7 @@ def main(argv):
         rows = read_rows(args.file)
         if seed not in rows.get(name, {}):
             raise ValueError(f"{args.file} has no {run}; evidence.py measure writes it")
-        if "pairs" not in rows[name][seed]:
+        if sum(rows[name][seed].get("pairs", {}).values()) != 2 * args.samples:
             counts = answers(load_checkpoint(run), args.samples)
             rows = read_rows(args.file)  # another process may have added a run
             rows[name][seed]["pairs"] = counts

@@ -3,9 +3,9 @@
   pip install "gymnasium[classic-control]" && python results/pendulum.py runs/pendulum
   python results/pendulum.py runs/pendulum runs/real-teacher runs/real
 
-Without runs, record 300 clips to FOLDER/train and 16 to FOLDER/held-out. With runs, continue the 16
-from two frames, print for each quarter of a clip the rod's speed in degrees a frame, then how much
-of its red is left in %, and draw the first clip in results/pendulum.png.
+Without runs, record 300 clips of 36 frames to FOLDER/train and 16 to FOLDER/held-out. With runs,
+continue the 16 from two frames; print by quarters of a clip the rod's speed in degrees a frame, and
+then how much red there is; draw the first clip in results/pendulum.png.
 """
 
 import sys
@@ -17,11 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Words, read_video, run_main, writer
+from data import Parser, Words, read_video, run_main, writer
 from model import load_checkpoint
 from sample import GIVEN, contact_sheet, continue_clips, default_sampler
-
-FRAMES = 36
 
 
 def record(folder):
@@ -33,7 +31,7 @@ def record(folder):
         env.reset()
         env.state = np.random.default_rng(i).uniform((-np.pi, -4), (np.pi, 4))
         with writer(folder / ("train" if i < 300 else "held-out") / f"{i}.mp4", fps=20) as write:
-            for _ in range(FRAMES):
+            for _ in range(36):
                 write(env.render()[None, 37:123, 37:123])
                 env.step(np.zeros(1))
 
@@ -48,20 +46,21 @@ def motion(video):
 
 
 def main(argv):
-    folder, *runs = map(Path, argv)
-    if not runs:
-        return record(folder)
-    truth = torch.stack([read_video(path, 64) for path in sorted(folder.glob("held-out/*"))])
+    parser = Parser(__doc__, "%(prog)s FOLDER [RUN ...]")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("runs", type=Path, nargs="*")
+    args = parser.parse_args(argv)
+    if not args.runs:
+        return record(args.folder)
+    truth = torch.stack([read_video(path, 64) for path in sorted(args.folder.glob("held-out/*"))])
     clips = {"truth": truth}
-    for run in runs:
+    for run in args.runs:
         net = load_checkpoint(run)
         c = Words(*net.run["words"]).text([""] * len(truth))
-        clips[run.name] = continue_clips(net, truth, c, FRAMES, GIVEN, **default_sampler(net))
+        clips[run.name] = continue_clips(net, truth, c, 36, GIVEN, **default_sampler(net))
     for name, video in clips.items():
-        speed, red = motion(video)
-        left = 100 * red / motion(truth)[1]
-        quarters = torch.cat([z.unflatten(1, (4, -1)).mean((0, 2)) for z in (speed, left)])
-        print(f"{name:>14}", *(f"{z:6.1f}" for z in quarters))
+        quarters = [z.unflatten(1, (4, 9)).mean((0, 2)) for z in motion(video)]
+        print(f"{name:>14}", *(f"{z:6.1f}" for z in torch.cat(quarters)))
     videos = torch.stack([video[0] for video in clips.values()])
     iio.imwrite("results/pendulum.png", contact_sheet(videos, list(clips), columns=12))
 

@@ -79,9 +79,7 @@ def draw_curves(plt, rows, path, styles, panels, smoothed=5, trained=10, bands=T
     styles: as HISTORIES. smoothed: frames in a running mean. trained: frames of a training clip,
     for the mark. bands: draw the spread of the seeds. Raises ValueError if a row is not measured.
     """
-    missing = [name for name in styles if name not in rows]
-    if missing:
-        raise ValueError(f"{path.name} needs the rows {', '.join(missing)}; run their script first")
+    check_rows(rows, styles, path)
     figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.3))
     for axis, panel in zip(axes, panels):
         column = PANELS[panel]
@@ -106,6 +104,12 @@ def draw_curves(plt, rows, path, styles, panels, smoothed=5, trained=10, bands=T
     save(figure, path)
 
 
+def check_rows(rows, names, path):
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise ValueError(f"{path.name} needs the rows {', '.join(missing)}; run their script first")
+
+
 def draw_row(axis, seeds, column, width, style, band):
     """Mean over the seeds, perhaps with its band."""
     label, colour, marker, thickness = style
@@ -121,6 +125,7 @@ def draw_row(axis, seeds, column, width, style, band):
 
 def draw_shift(plt, rows, path):
     """Scores of the last third against s, with the standard errors of `means_and_errors`."""
+    check_rows(rows, ["resample", "s-0.1", "s-3"], path)
     figure, axis = plt.subplots(figsize=(5, 3.2))
     rows = {float(name[2:]): seeds for name, seeds in rows.items() if name.startswith("s-")} | {
         0.6: rows["resample"]

@@ -336,6 +336,11 @@ def test_a_rival_is_trained_measured_timed_and_drawn(method, runs):
     evidence.main(f"measure {path} {runs}/{method}-0 --frames 8 --samples 2".split())
     assert path.stat().st_mtime_ns == written, "a killed one goes on"
 
+    if method in rivals.ROLLOUTS:
+        with pytest.raises(ValueError, match="has its own sampler"):
+            evidence.main(
+                f"measure {path} {runs}/{method}-0 --frames 8 --samples 2 --write-window 3".split()
+            )
     args = evidence.parse(f"time {path} {runs}/{method}-0".split())
     evidence.time_runs(args, frames=8)
     row = evidence.read_rows(path)[method]["0"]
@@ -344,7 +349,8 @@ def test_a_rival_is_trained_measured_timed_and_drawn(method, runs):
     assert (row["teacher_minutes"] > 0) == distilled and row["milliseconds"] > 0
     assert row["passes"] == {"magi": 3}.get(method, 4 if distilled else 8), "guidance doubles"
 
-    evidence.main(f"strip {runs}/strip.png {runs}/{method}-0 --clip 1 --labels made".split())
+    strip = f"strip {runs}/strip.png {runs}/{method}-0 --frames 8 --clip 1 --labels made"
+    evidence.main(strip.split())
     assert iio.imread(runs / "strip.png").ndim == 3
 
 
@@ -362,6 +368,7 @@ def test_bad_input_ends_in_one_line(runs, tmp_path):
         ),
         (evidence.main, f"strip {tmp_path}/a.png {runs}/real-0", "evidence.py measure writes it"),
         (evidence.main, "measure", "needs a file"),
+        (evidence.main, "measure x --history-level 0.1 --write-window 2", "one at a time"),
         (fig_8.main, f"{runs}/warm-0 {tmp_path}/a.png", "wanted a run with --top-k"),
         (bench.main, "step --foo", "unrecognized arguments: --foo"),
         (bench.main, "stop", "invalid choice: 'stop'"),
@@ -448,28 +455,36 @@ def test_the_tables_of_the_pages_are_drawn_from_the_numbers():
 def test_a_run_is_measured_again_if_its_weights_are_others(runs, tmp_path):
     run, file = tmp_path / "a-0", tmp_path / "x.json"
     shutil.copytree(runs / "warm-0", run)
-    measure = f"measure {file} {run} --frames 4 --samples".split()
+    measure = f"measure {file} {run} --frames 4 --samples 2".split()
+
+    kept, clips = run / "samples/measured-4.npz", []
 
     def measured(*flags):
         shutil.rmtree(run / "samples")
         evidence.main([*measure, *flags])
+        clips.extend([np.load(kept)["made"]] if kept.exists() else [])
         return evidence.read_rows(file)["a"]["0"], (run / "samples").exists()
 
-    first, anew = measured("2")
+    first, anew = measured()
     assert anew and first["true_history"] is None and first["minutes"] > 0
     (run / "samples").mkdir(exist_ok=True)
-    assert measured("2") == (first, False)
+    assert measured() == (first, False)
     (run / "samples").mkdir()
-    more, anew = measured("3", "--true-history")
-    assert anew and more["settings"]["samples"] == 3 and more["true_history"]
+    more, anew = measured("--true-history")
+    assert anew and more["true_history"] and np.array_equal(*clips)
+    told, anew = measured("--history-level", "0.3")
+    assert anew and told["settings"] == first["settings"] | {"history_level": 0.3}
+    recent, anew = measured("--write-window", "1")
+    assert anew and all((clips[i] != clips[j]).any() for i, j in ((1, 2), (2, 3), (1, 3)))
 
     state = torch.load(run / "ckpt.pt", weights_only=True)
     state["ema"] = {name: 1.1 * weight for name, weight in state["ema"].items()}
     torch.save(state, run / "ckpt.pt")
-    second, anew = measured("3")
+    second, anew = measured()
     assert anew and first["weights"] != second["weights"]
-    with pytest.raises(ValueError, match="holds runs of 4 frames; --frames 5 needs another"):
-        evidence.main([*measure, "3", "--frames", "5"])
+    for other in ("--frames 5", "--samples 3", "--split test"):
+        with pytest.raises(ValueError, match="a was measured with .*; another file would work"):
+            evidence.main([*measure, *other.split()])
 
 
 def test_on_true_history_each_frame_follows_true_ones(runs):
@@ -488,7 +503,7 @@ def test_from_nothing_no_true_frame_is_given(runs, tmp_path):
     for given in (0, 1):
         (tmp_path / "x.json").unlink(missing_ok=True)
         evidence.main([*flags.split(), str(given)])
-        clips = np.load(tmp_path / "a-0/samples/measured.npz")
+        clips = np.load(tmp_path / "a-0/samples/measured-4.npz")
         assert np.array_equal(clips["made"][:, 0], clips["truth"][:, 0]) == given
 
 
@@ -568,14 +583,24 @@ def test_the_rod_of_a_pendulum_is_followed():
 
 
 @pytest.mark.extras
-def test_the_curves_are_drawn(tmp_path):
+def test_the_curves_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    seeds = measured_rows()["a"]
+    for measured in seeds.values():
+        measured["true_history"] = measured["frames"]
+    names = [*plot.HISTORIES, *plot.RIVALS, *plot.MEMORY, "s-0.1", "s-3"]
+    for file in ("sprites", "long", "hidden"):
+        evidence.write_json(tmp_path / f"{file}.json", dict.fromkeys(names, seeds))
     plot.main(["--out", str(tmp_path)])
     for name in plot.PICTURES:
         assert iio.imread(tmp_path / f"{name}.png").std() > 10, name
-    message = "a.png needs the rows teacher, .*; run their script first"
-    with pytest.raises(ValueError, match=message):
-        plot.draw_curves(None, {}, tmp_path / "a.png", plot.HISTORIES, ["Text"])
+    (tmp_path / "long.png").unlink()
+    plot.main(["drift", "--out", str(tmp_path)])
+    assert not (tmp_path / "long.png").exists()
+    for draw, more in ((plot.draw_curves, (plot.HISTORIES, ["Text"])), (plot.draw_shift, ())):
+        with pytest.raises(ValueError, match="a.png needs the rows .*; run their script first"):
+            draw(None, {}, tmp_path / "a.png", *more)
 
 
 def test_every_picture_is_shown_and_there():
