@@ -7,7 +7,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 seed=${1:?which seed?}
 runs=${2:-runs}  # a path from the repository's folder
-steps=4000
+steps=2400
 
 train() {  # train NAME FLAGS...
     out=$runs/$1-$seed
@@ -22,7 +22,7 @@ train() {  # train NAME FLAGS...
 }
 
 warm_up() {  # warm_up NAME FLAGS...: the teacher forcing with which rows begin
-    train $1 --history teacher --warmup 6000 --steps 6000 "${@:2}"
+    train $1 --history teacher --warmup 12000 --steps 12000 "${@:2}"
 }
 
 row() {  # row WARM-UP NAME FLAGS...

@@ -487,7 +487,7 @@ def parse(argv):
     add("--init", type=Path, required=True, help="the run of train.py to begin with")
     add("--teacher", type=Path, help="bidirectional: a run with --chunk equal to --frames")
     add("--out", type=Path, required=True, help="a new folder")
-    add("--steps", type=number(int, 1), default=4000, help="default: %(default)s")
+    add("--steps", type=number(int, 1), default=2400, help="default: %(default)s")
     add("--lr", type=number(float, 1e-9),
         help="of AdamW (default: 5e-3); in a distilled row of the student and of the fake model "
              "(2e-4)")
