@@ -35,4 +35,3 @@ rival() {  # rival INIT METHOD FLAGS...: a run of rivals.py, which saves at its 
     rm -rf $out
     python results/rivals.py $2 --init $runs/$1-$seed --steps $steps --seed $seed --out $out "${@:3}"
 }
-

@@ -152,7 +152,8 @@ def save(figure, path):
 
 def main(argv):
     parser = Parser(__doc__, "%(prog)s [NAME ...] [flags]")
-    parser.add_argument("names", nargs="*", choices=[*PICTURES, []], metavar="NAME")
+    names = [*PICTURES, []]  # argparse looks for the empty list, too, where none is given
+    parser.add_argument("names", nargs="*", choices=names, metavar="NAME")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: results/)")
     args = parser.parse_args(argv)
     try:

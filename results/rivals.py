@@ -135,10 +135,12 @@ class Told:
         self.level = torch.as_tensor(level)
 
     def __call__(self, x, t, c, history=None, cache=None, first=0):
-        if history is None:
-            return self.net(x, t, c, None, cache, first)
-        history_t = self.level.to(x.device).expand(history.shape[:2])
+        history_t = None if history is None else self.levels(history)
         return self.net(x, t, c, history, cache, first, history_t)
+
+    def levels(self, history):
+        """The noise level of each frame of history, (B, M)."""
+        return self.level.to(history.device).expand(history.shape[:2])
 
 
 class NoisyHistory(Told):
@@ -154,7 +156,7 @@ class NoisyHistory(Told):
     def __call__(self, x, t, c, history=None, cache=None, first=0):
         if history is not None:
             eps = self.rng.randn(1, *history.shape[1:], device=x.device)
-            history = add_noise(history, eps, self.level.to(x.device).expand(history.shape[:2]))
+            history = add_noise(history, eps, self.levels(history))
         return super().__call__(x, t, c, history, cache, first)
 
 

@@ -669,6 +669,21 @@ def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
     assert not any(program in ("train.py", "results/rivals.py") for program, *_ in again)
 
 
+def test_the_scripts_can_add_to_the_numbers_that_are_there():
+    """Rows of another kind would be refused at the end, after hours of training."""
+    scripts = "".join((HERE / f"{script}.sh").read_text() for script in SCRIPTS)
+    files = set(
+        re.findall(r"measure (results/\S+\.json)( --frames \d+)?( --samples \d+)?", scripts)
+    )
+    assert {file for file, *_ in files} == {
+        f"results/{z}.json" for z in ("sprites", "long", "hidden")
+    }
+    for words in files:
+        args = evidence.parse(["measure", *" ".join(words).split(), "runs/a-0"])
+        args.file = HERE.parent / args.file
+        evidence.check_clips(args)
+
+
 def test_a_stopped_run_stops_the_script_and_goes_on(tmp_path):
     """train.py exits with 0 after Ctrl-C: the rows must not begin with half a warm-up."""
     first, status = commands_of("table-2", tmp_path, "0", made="")
