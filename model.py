@@ -59,7 +59,7 @@ class Config:
 
 
 PRESETS = {
-    "toy": Config(patch=8, predict="x"),
+    "toy": Config(layers=4, patch=8, predict="x"),
     "small": Config(dim=384, ffn_dim=1536, heads=6, layers=8, patch=8, predict="x"),
     "wan-1.3b": Config(
         channels=16, dim=1536, ffn_dim=8960, heads=12, layers=30, patch=2, chunk=3, text_dim=4096

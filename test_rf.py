@@ -1974,9 +1974,9 @@ def test_a_run_leaves_what_design_says(trained):
     assert json.loads((trained / "config.json").read_text())["history"] == "resample"
 
     assert logged(trained, "history", "lr", "step") == [
-        ["teacher_history", 0.0035, 1],
-        ["resample_history", 0.007, 2],
-        ["resample_history", 0.007, 3],
+        ["teacher_history", 0.0025, 1],
+        ["resample_history", 0.005, 2],
+        ["resample_history", 0.005, 3],
     ]
     assert all(min(z) > 0 for z in logged(trained, "loss", "norm", "seconds"))
     assert [step for _, step in logged(trained, "held_out_loss", "step")] == [2, 3]
@@ -2099,11 +2099,11 @@ def test_what_is_not_finite_stops_before_the_weights_are_touched(bad, copied, mo
 def test_a_run_that_goes_on_beyond_its_end_says_what_the_learning_rate_does(copied, capsys, quick):
     resume = ["--resume", "--out", str(copied / "ckpt.pt")]
     train.main(resume)
-    train.parse([*resume, "--steps", "6", "--decay", "constant"])
+    train.parse([*resume, "--steps", "6"])
     assert "warning" not in capsys.readouterr().err
-    train.main([*resume, "--steps", "4"])
-    line = "with --steps 4 in place of 3 the learning rate goes on at 0.0035, not at 0;"
-    assert line in capsys.readouterr().err and logged(copied, "lr")[-1] == [0.0035]
+    train.main([*resume, "--steps", "4", "--decay", "linear"])
+    line = "with --steps 4 in place of 3 the learning rate goes on at 0.0025, not at 0.005;"
+    assert line in capsys.readouterr().err and logged(copied, "lr")[-1] == [0.0025]
 
 
 @pytest.mark.parametrize("source", ["run", "box", "wan"])

@@ -333,10 +333,10 @@ FLAGS = {  # group: (flag, type or choices, default, help)
         ("--accumulate", count_of, 1, "split each process's batch into this many micro-batches"),
         ("--optimizer", ("muon", "adamw"), "muon",
          "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all"),
-        ("--lr", positive, 7e-3, "peak learning rate of AdamW"),
-        ("--muon-lr", positive, 0.02, "peak learning rate of Muon"),
+        ("--lr", positive, 5e-3, "peak learning rate of AdamW"),
+        ("--muon-lr", positive, 0.015, "peak learning rate of Muon"),
         ("--lr-warmup", number(int, 0), 100, "steps in which the learning rates rise"),
-        ("--decay", ("constant", "linear", "cosine"), "linear",
+        ("--decay", ("constant", "linear", "cosine"), "constant",
          "how the learning rates fall to 0 at --steps, or constant"),
         ("--clip", positive, 1.0, "clip the norm of the gradient to this"),
         ("--ema", number(float, 0, 0.999999), 0.999,
@@ -370,7 +370,6 @@ PAPER = {  # defaults of --preset wan-...
     "batch": 64,
     "optimizer": "adamw",
     "lr": 5e-5,
-    "decay": "constant",
     "recompute": True,
 }
 # flags that --resume does not restore

@@ -15,8 +15,7 @@ train() {  # train NAME FLAGS...
         [ -e $out/samples/final.gif ] || python train.py --resume --out $out
     else
         rm -rf $out
-        python train.py --layers 4 --lr 5e-3 --muon-lr 0.015 --decay constant --seed $seed \
-            --sample-every 100000 --out $out "${@:2}"
+        python train.py --seed $seed --sample-every 100000 --out $out "${@:2}"
     fi
     [ -e $out/samples/final.gif ] || exit 1  # Ctrl-C stops a run, and then the script
 }

@@ -4,6 +4,7 @@
   python results/evidence.py time results/sprites.json runs/resample-0 runs/teacher-0
   python results/evidence.py baselines results/sprites.json
   python results/evidence.py strip results/table-1.png runs/*-0
+  python results/evidence.py pack results/resample.pt runs/resampling-forcing-0
   python results/evidence.py tables
 
 measure    continue clips of the split "final" with each run's own sampler, and write the scores of
@@ -12,9 +13,11 @@ measure    continue clips of the split "final" with each run's own sampler, and 
 time       add what a new frame costs, all runs in turn in one process
 baselines  score the truth, and a copy of the last given frame
 strip      draw a clip of each measured run below one another
+pack       reduce a run to its averaged weights in half precision, which load like a run: sample.py
+           --checkpoint, train.py --init; --resume needs the moments, too, and refuses it
 tables     rewrite what stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and
            results/README.md from results/FILE.json. KIND is one of TABLES. NAMES are the rows, all
-           if left out; NAME=LABEL shows another name, with spaces for its underscores
+           if left out; they are shown with spaces for their hyphens
 
 The JSON is {name: {seed: measured}}; see `measure_run`. B videos, T frames, K colours.
 """
@@ -25,7 +28,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
 from data import SEEN, Parser, Sprites, fit_video, measure, number, replacing, run_main
-from model import load_checkpoint
+from model import load_checkpoint, read_checkpoint
 from results.rivals import ROLLOUTS, Told, plain_rollout
 from sample import GIVEN, continue_held_out, default_sampler, held_out, run_folder, standard_error
 from train import OF_THE_CALL
@@ -50,7 +53,7 @@ COSTS = {"minutes": 1, "teacher_minutes": 1, "passes": 2, "milliseconds": 1}  # 
 RESULTS = Path(__file__).resolve().parent
 PAGES = (RESULTS.parent / "README.md", RESULTS / "README.md")
 MARKED = re.compile(
-    r"(?P<mark><!-- (?P<kind>\w+) (?P<file>[\w-]+)(: (?P<rows>[\w. =-]+?))? -->)"
+    r"(?P<mark><!-- (?P<kind>\w+) (?P<file>[\w-]+)(: (?P<rows>[\w. -]+?))? -->)"
     r"\n.*?<!-- end -->",
     re.DOTALL,
 )
@@ -171,7 +174,7 @@ def settings_of(net, args):
 
 
 def fingerprint(net):
-    """Hash of a network's weights in half precision, as pack.py writes them, twelve digits."""
+    """Hash of a network's weights in half precision, as `pack` writes them, twelve digits."""
     weights = (weight.half().numpy().tobytes() for weight in net.state_dict().values())
     return hashlib.sha256(b"".join(weights)).hexdigest()[:12]
 
@@ -190,7 +193,7 @@ def third_edges(T):
 def minutes_of(run, flags=()):
     """Minutes of training of a run; of a rival that began with another rival, of both.
 
-    None for weights of pack.py, which have no log.
+    None for weights of `pack`, which have no log.
     """
     if "method" in flags:
         before = load_checkpoint(flags["init"]).run
@@ -425,6 +428,11 @@ def pairs_table(rows):
     return markdown(["its own colour", "the other clip's", "a third", "none", "own of two"], table)
 
 
+def label_of(name):
+    """A row's name as it is shown."""
+    return name.replace("-", " ")
+
+
 TABLES = {
     "overall": overall_table,
     "costs": costs_table,
@@ -440,11 +448,10 @@ def redraw(text):
     def draw(match):
         rows = read_rows(RESULTS / f"{match['file']}.json")
         chosen = {}
-        for word in (match["rows"] or " ".join(rows)).split():
-            name, _, label = word.partition("=")
+        for name in (match["rows"] or " ".join(rows)).split():
             if name not in rows:
                 raise ValueError(f"results/{match['file']}.json has no row {name}")
-            chosen[label.replace("_", " ") or name] = rows[name]
+            chosen[label_of(name)] = rows[name]
         return f"{match['mark']}\n{TABLES[match['kind']](chosen)}\n<!-- end -->"
 
     return MARKED.sub(draw, text)
@@ -469,16 +476,29 @@ def strip(args):
         if args.clip >= len(clips["made"]):
             raise ValueError(f"--clip {args.clip}: {path} holds {len(clips['made'])} clips")
         rows.setdefault("truth", clips["truth"][args.clip])
-        rows[split_name(run)[0]] = clips["made"][args.clip]
-    labels = ["truth", *args.labels] if args.labels else list(rows)
-    if len(labels) != len(rows):
-        raise ValueError(f"{len(labels) - 1} --labels for {len(rows) - 1} runs")
+        rows[label_of(split_name(run)[0])] = clips["made"][args.clip]
     videos = torch.from_numpy(np.stack(list(rows.values()))).float()
-    iio.imwrite(args.file, sample.contact_sheet(videos, labels, columns=12))
+    iio.imwrite(args.file, sample.contact_sheet(videos, list(rows), columns=12))
+
+
+# ---- pack ----
+
+
+def pack(args):
+    state = read_checkpoint(args.runs[0])
+    packed = {
+        "config": asdict(state["config"]),
+        "model": {},
+        "ema": {name: z.half() for name, z in state["ema"].items()},
+        "step": state["step"],
+        "args": {name: z for name, z in state["args"].items() if name not in OF_THE_CALL},
+    }
+    with replacing(args.file) as part:
+        torch.save(packed, part)
 
 
 COMMANDS = {"measure": measure_runs, "time": time_runs, "baselines": baselines}
-COMMANDS |= {"strip": strip, "tables": tables}
+COMMANDS |= {"strip": strip, "tables": tables, "pack": pack}
 
 
 def parse(argv):
@@ -486,7 +506,7 @@ def parse(argv):
     add = parser.add_argument
     # fmt: off
     add("command", choices=COMMANDS)
-    add("file", type=Path, nargs="?", help="results/NAME.json; of strip a .png")
+    add("file", type=Path, nargs="?", help="results/NAME.json; of strip a .png, of pack a .pt")
     add("runs", type=Path, nargs="*", help="folders of runs, NAME-SEED, or weights NAME.pt")
     add("--frames", type=number(int, GIVEN + 1), default=100,
         help="length of a clip, given frames included (default: %(default)s)")
@@ -502,13 +522,14 @@ def parse(argv):
     add("--write-window", type=number(int, 1),
         help="measure: write a frame into the cache in a pass that sees only so many before it")
     add("--clip", type=number(int, 0), default=0, help="strip: which clip (default: %(default)s)")
-    add("--labels", nargs="+", help="strip: names of the rows (default: the runs')")
     # fmt: on
     args = parser.parse_intermixed_args(argv)
     if args.command != "tables" and args.file is None:
         raise ValueError(f"{args.command} needs a file; -h shows examples")
-    if args.command in ("time", "strip") and not args.runs:
+    if args.command in ("time", "strip", "pack") and not args.runs:
         raise ValueError(f"{args.command} needs runs; -h shows examples")
+    if args.command == "pack" and len(args.runs) > 1:
+        raise ValueError("pack takes one run")
     if args.history_level and args.write_window:
         raise ValueError("--history-level and --write-window: one at a time")
     return args

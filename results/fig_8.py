@@ -1,23 +1,22 @@
 """Fig. 8: which history frames the tokens of the last frame pick, by layer.
 
-  python results/fig_8.py runs/fig-8/top-3 results/fig-8-3.png
+  pip install matplotlib && python results/fig_8.py results/fig-8.png runs/picks-{1,3,5}-0
 
-Generates --samples videos with a run of --top-k, and draws the share of the last frame's tokens,
+Generates --samples videos with runs of --top-k, and draws the share of the last frame's tokens,
 over heads, videos and its Euler steps, that pick each frame before it.
 """
 
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Parser, Words, number, run_main
 from model import load_checkpoint, rotate
+from results.plot import pyplot, save
 from routing import pick
 from sample import default_sampler, generate
 
@@ -58,45 +57,39 @@ def picks_of(model, prompt, frames, samples):
     return torch.stack([*share, torch.stack(share).mean(0)])
 
 
-def draw_picks(share):
-    """Draw shares (layers + 1, frames) in [0, 1], black for 0 and yellow for 1: an image."""
-    cell, line, left, top = 36, 24, 64, 44
-    rows, columns = share.shape
-    page = Image.new("RGB", (left + cell * columns + 8, top + line * rows + 8), "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((4, 4), "share of the last frame's tokens that pick a history frame", "black")
-    draw.text((left - 6, top - 10), "frame", "black", anchor="rm")
-    for column in range(columns):
-        draw.text((left + cell * (column + 0.5), top - 10), str(column), "black", anchor="mm")
-
-    names = [*(f"layer {i}" for i in range(rows - 1)), "mean"]
-    for row, (name, values) in enumerate(zip(names, share.tolist())):
-        y = top + line * row
-        draw.text((left - 6, y + line / 2), name, "black", anchor="rm")
-        for column, value in enumerate(values):
-            x = left + cell * column
-            colour = (round(255 * value), round(217 * value), round(51 * value))
-            draw.rectangle((x, y, x + cell - 2, y + line - 2), colour)
+def draw_picks(plt, shares, path):
+    """Draw {name: shares (layers + 1, frames) in [0, 1]} beside one another."""
+    figure, axes = plt.subplots(1, len(shares), figsize=(4.4 * len(shares), 2.2), squeeze=False)
+    for axis, (name, share) in zip(axes[0], shares.items()):
+        axis.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axis.set_title(name, loc="left", fontsize=11)
+        axis.set_xticks(range(share.shape[1]))
+        axis.set_yticks(range(len(share)), [*(f"layer {i}" for i in range(len(share) - 1)), "mean"])
+        for (row, column), value in np.ndenumerate(share):
             ink = "black" if value > 0.65 else "white"
-            draw.text((x + cell / 2 - 1, y + line / 2 - 1), f"{value:.2f}", ink, anchor="mm")
-    return np.asarray(page)
+            axis.text(column, row, f"{value:.2f}", color=ink, fontsize=7, ha="center", va="center")
+    axes[0, 0].set_xlabel("history frame")
+    save(figure, path)
 
 
 def main(argv):
-    parser = Parser(__doc__, "%(prog)s RUN PICTURE [flags]")
+    parser = Parser(__doc__, "%(prog)s PICTURE RUN [RUN ...] [flags]")
     add = parser.add_argument
-    add("run", type=Path, help="a run of train.py with --top-k")
     add("picture", type=Path, help="a .png")
+    add("runs", type=Path, nargs="+", help="runs of train.py with --top-k")
     add("--prompt", default="red circle and blue square", help="default: %(default)s")
     add("--frames", type=number(int, 2), default=10, help="default: %(default)s")
     add("--samples", type=number(int, 1), default=16, help="videos (default: %(default)s)")
     args = parser.parse_args(argv)
-    model = load_checkpoint(args.run)
-    if model.config.top_k is None or model.config.chunk != 1:
-        raise ValueError(f"{args.run}: wanted a run with --top-k and --chunk 1")
-    share = picks_of(model, args.prompt, args.frames, args.samples)
-    iio.imwrite(args.picture, draw_picks(share))
-    print("\n".join(" ".join(f"{value:.2f}" for value in row) for row in share.tolist()))
+    plt = pyplot()
+    shares = {}
+    for run in args.runs:
+        model = load_checkpoint(run)
+        if model.config.top_k is None or model.config.chunk != 1:
+            raise ValueError(f"{run}: wanted a run with --top-k and --chunk 1")
+        share = picks_of(model, args.prompt, args.frames, args.samples)
+        shares[f"k = {model.config.top_k}"] = share.numpy()
+    draw_picks(plt, shares, args.picture)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (
-    COLOURS,
-    SEEN,
-    Parser,
-    caption_text,
-    coverage,
-    fit_video,
-    number,
-    paint,
-    radius_of,
-    run_main,
-    wall_columns,
-)
+import data
+from data import Parser, number, run_main
 from model import load_checkpoint
 from results.evidence import pairs_table, read_rows, split_name, write_json
 from sample import continue_clips, default_sampler, held_out
@@ -48,17 +37,19 @@ def questions(world, length):
     """
     for i in count():
         colour, shape, at = world.scene(i, length)
-        cover = coverage(at, shape, world.size, radius_of(world.size))  # (T, 1, size, size)
-        shown = (cover * ~wall_columns(world.size)).sum((1, 2, 3)) / cover.sum((1, 2, 3))
+        cover = data.coverage(
+            at, shape, world.size, data.radius_of(world.size)
+        )  # (T, 1, size, size)
+        shown = (cover * ~data.wall_columns(world.size)).sum((1, 2, 3)) / cover.sum((1, 2, 3))
         gone = shown == 0
         back = [t for t in range(HIDDEN, length) if gone[t - HIDDEN : t].all() and not gone[t]]
         out = (shown[back[0] :] > OUT).nonzero()[:, 0].tolist() if back else []
         if not out:
             continue
 
-        twin = (colour + 1) % len(COLOURS)
+        twin = (colour + 1) % len(data.COLOURS)
         at = at[: back[0] + out[0] + 1]
-        clips = [paint(at, shape, z, world.size, wall=True) for z in (colour, twin)]
+        clips = [data.paint(at, shape, z, world.size, wall=True) for z in (colour, twin)]
         yield torch.stack(clips), back[0], (colour, twin), shape
 
 
@@ -74,10 +65,10 @@ def answers(net, samples, length=48):
             made = continue_clips(
                 net, clip[None], c, len(clip), given, **default_sampler(net), seed=seed
             )
-            sprites, _, _ = fit_video(made[:, -1:], [caption_text(own, shape)], wall=True)
+            sprites, _, _ = data.fit_video(made[:, -1:], [data.caption_text(own, shape)], wall=True)
             share, colour = sprites[0, 0, :, 3].max(0)
             named = {own.item(): "own", other.item(): "other"}
-            counts[named.get(colour.item(), "third") if share > SEEN else "none"] += 1
+            counts[named.get(colour.item(), "third") if share > data.SEEN else "none"] += 1
     return counts
 
 

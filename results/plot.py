@@ -25,6 +25,7 @@ from results.evidence import (
     AGAINST_TRUTH,
     COLUMNS,
     RESULTS,
+    label_of,
     means_and_errors,
     read_rows,
     scores_of,
@@ -38,29 +39,29 @@ PANELS = {  # title: column of the scores
     "sprites still there, %": AGAINST_TRUTH["still there"],
     "median distance to the truth, pixels": AGAINST_TRUTH["distance"],
 }
-HISTORIES = {  # row: label, colour, marker, line width
-    "teacher": ("teacher forcing", "#d62728", "s", 1.4),
-    "noise": ("history noise", "#d68a00", "^", 1.4),
-    "parallel": ("parallel resampling", "#3a76c4", "D", 1.4),
-    "resample": ("resampling forcing", "#157f3b", "o", 2.4),
+HISTORIES = {  # row: colour, marker, line width
+    "teacher-forcing": ("#d62728", "s", 1.4),
+    "history-noise": ("#d68a00", "^", 1.4),
+    "parallel-resampling": ("#3a76c4", "D", 1.4),
+    "resampling-forcing": ("#157f3b", "o", 2.4),
 }
 RIVALS = {  # the rows of Table 1
-    "teacher": ("teacher forcing", "#d62728", "s", 1.2),
-    "noise": ("history noise", "#d68a00", "^", 1.2),
-    "skyreels": ("diffusion forcing", "#8c564b", "v", 1.2),
-    "magi": ("pipelined diffusion forcing", "#7f7f7f", "<", 1.2),
-    "causvid": ("DMD on real clips", "#e377c2", ">", 1.2),
-    "self-forcing": ("DMD on rollouts", "#9467bd", "P", 1.2),
-    "longlive": ("DMD on long rollouts", "#3a76c4", "D", 1.2),
-    "routed": ("resampling, routed", "#111111", "X", 2.0),
-    "resample": ("resampling", "#157f3b", "o", 2.4),
+    "teacher-forcing": ("#d62728", "s", 1.2),
+    "history-noise": ("#d68a00", "^", 1.2),
+    "diffusion-forcing": ("#8c564b", "v", 1.2),
+    "pipelined-diffusion-forcing": ("#7f7f7f", "<", 1.2),
+    "DMD-on-real-clips": ("#e377c2", ">", 1.2),
+    "DMD-on-rollouts": ("#9467bd", "P", 1.2),
+    "DMD-on-long-rollouts": ("#3a76c4", "D", 1.2),
+    "routed-resampling": ("#111111", "X", 2.0),
+    "resampling-forcing": ("#157f3b", "o", 2.4),
 }
 MEMORY = {  # rows of hidden.json
-    "dense": ("all frames", "#157f3b", "o", 2.4),
-    "top-5": ("routing, k = 5", "#3a76c4", "D", 1.4),
-    "window-5": ("window of 5", "#d68a00", "^", 1.4),
-    "top-1": ("routing, k = 1", "#9467bd", "P", 1.4),
-    "window-1": ("window of 1", "#d62728", "s", 1.4),
+    "dense": ("#157f3b", "o", 2.4),
+    "top-5": ("#3a76c4", "D", 1.4),
+    "window-5": ("#d68a00", "^", 1.4),
+    "top-1": ("#9467bd", "P", 1.4),
+    "window-1": ("#d62728", "s", 1.4),
 }
 
 
@@ -84,11 +85,11 @@ def draw_curves(plt, rows, path, styles, panels, smoothed=5, trained=10, bands=T
     for axis, panel in zip(axes, panels):
         column = PANELS[panel]
         for name, style in styles.items():
-            draw_row(axis, rows[name], column, smoothed, style, bands)
+            draw_row(axis, rows[name], column, smoothed, name, style, bands)
             on_truth = true_history_of(rows[name])
             if on_truth and column in COLUMNS.values() and bands:
                 curve = smooth(scores_of(on_truth).nanmean(0)[:, column].numpy(), smoothed)
-                axis.plot(curve, color=style[1], linewidth=0.9, linestyle="--")
+                axis.plot(curve, color=style[0], linewidth=0.9, linestyle="--")
 
         axis.axvline(trained, color="#999999", linewidth=0.8)
         axis.set_title(panel, loc="left", fontsize=11)
@@ -110,14 +111,14 @@ def check_rows(rows, names, path):
         raise ValueError(f"{path.name} needs the rows {', '.join(missing)}; run their script first")
 
 
-def draw_row(axis, seeds, column, width, style, band):
+def draw_row(axis, seeds, column, width, name, style, band):
     """Mean over the seeds, perhaps with its band."""
-    label, colour, marker, thickness = style
+    colour, marker, thickness = style
     curves = [smooth(scores[:, column].numpy(), width) for scores in scores_of(seeds)]
     mean, spread = np.mean(curves, 0), np.std(curves, 0, ddof=min(1, len(curves) - 1))
     x = np.arange(len(mean))
     look = {"color": colour, "linewidth": thickness, "marker": marker, "markersize": 5}
-    axis.plot(x, mean, label=label, markevery=len(x) // 5, **look)
+    axis.plot(x, mean, label=label_of(name), markevery=len(x) // 5, **look)
     if band:
         low, high = mean - spread, mean + spread
         axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -125,10 +126,10 @@ def draw_row(axis, seeds, column, width, style, band):
 
 def draw_shift(plt, rows, path):
     """Scores of the last third against s, with the standard errors of `means_and_errors`."""
-    check_rows(rows, ["resample", "s-0.1", "s-3"], path)
+    check_rows(rows, ["resampling-forcing", "s-0.1", "s-3"], path)
     figure, axis = plt.subplots(figsize=(5, 3.2))
     rows = {float(name[2:]): seeds for name, seeds in rows.items() if name.startswith("s-")} | {
-        0.6: rows["resample"]
+        0.6: rows["resampling-forcing"]
     }
     shifts = sorted(rows)
     means, errors = zip(*(means_and_errors(rows[s]) for s in shifts))
@@ -145,6 +146,18 @@ def draw_shift(plt, rows, path):
     save(figure, path)
 
 
+def pyplot():
+    """Matplotlib, an extra. Raises ValueError where it is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("to draw this, `pip install matplotlib`") from None
+    return plt
+
+
 def save(figure, path):
     figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
     print(path)
@@ -156,13 +169,7 @@ def main(argv):
     parser.add_argument("names", nargs="*", choices=names, metavar="NAME")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: results/)")
     args = parser.parse_args(argv)
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("plot.py needs `pip install matplotlib`") from None
+    plt = pyplot()
     for name in args.names or PICTURES:
         draw, source, options = PICTURES[name]
         draw(plt, read_rows(RESULTS / f"{source}.json"), args.out / f"{name}.png", **options)

@@ -1,21 +1,22 @@
 """Table 1 on the sprites: the training principles of the paper's rivals, on one network.
 
-  python results/rivals.py skyreels --init runs/warm-0 --out runs/skyreels-0
-  python results/rivals.py self-forcing --init runs/warm-0 --teacher runs/real-0 \
---out runs/self-forcing-0
+  python results/rivals.py diffusion-forcing --init runs/warm-0 --out runs/diffusion-forcing-0
+  python results/rivals.py DMD-on-rollouts --init runs/warm-0 --teacher runs/bidirectional-0 \
+--out runs/DMD-on-rollouts-0
 
 A row follows the principle of one system, and is not that system. Teacher forcing (after NOVA),
 history noise (after Pyramid Flow) and resampling are runs of train.py.
 
-  skyreels      diffusion forcing: every frame has its own noise level, non-decreasing along time,
-                and sees the noisy earlier frames and their levels (after SkyReels-V2)
-  magi          the same with the levels of a pipeline; four frames are denoised at once in
-                sampling, each a step ahead of the next (after MAGI-1)
-  causvid       distilled by DMD from a bidirectional teacher, on noised real clips (after CausVid)
-  self-forcing  the same, on the student's own rollouts (after Self Forcing)
-  longlive      the same, on long rollouts with a window and a sink (after LongLive)
-  told          resampling, but the network is told from which level the history was redrawn; a row
-                of Fig. 6, not a rival
+  diffusion-forcing            every frame has its own noise level, non-decreasing along time, and
+                               sees the noisy earlier frames and their levels (after SkyReels-V2)
+  pipelined-diffusion-forcing  the same with the levels of a pipeline; four frames are denoised at
+                               once in sampling, each a step ahead of the next (after MAGI-1)
+  DMD-on-real-clips            distilled from a bidirectional teacher, on noised real clips (after
+                               CausVid)
+  DMD-on-rollouts              the same, on the student's own rollouts (after Self Forcing)
+  DMD-on-long-rollouts         the same, on long ones with a window and a sink (after LongLive)
+  told                         resampling, but the network is told from which level the history was
+                               redrawn; a row of Fig. 6, not a rival
 
 Clips, network and sizes are those of the run that --init names. B videos, N frames of a clip, C
 channels, L words.
@@ -173,13 +174,13 @@ class ToldResampling:
         return flow_matching_loss(told, x, c, history, self.time_shift, rng)
 
 
-def skyreels_rollout(net, given, c, frames, seed):
+def diffusion_forcing_rollout(net, given, c, frames, seed):
     """Frame after frame, each on slightly noised finished frames; yields (B, 1, C, ...)."""
     return plain_rollout(NoisyHistory(net, seed), given, c, frames, seed)
 
 
 @torch.no_grad()
-def magi_rollout(net, given, c, frames, seed):
+def pipelined_rollout(net, given, c, frames, seed):
     """STEPS frames in flight at once, each one solver step ahead of the next.
 
     A pass moves all of them by a step, so that it finishes one frame. A frame sees the finished
@@ -332,7 +333,7 @@ class Distillation:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class CausVid(Distillation):
+class RealClips(Distillation):
     """The student denoises real clips, each frame from one of its own noise levels, or none."""
 
     level_shift = 1.0
@@ -346,7 +347,7 @@ class CausVid(Distillation):
         return clean_estimate(x_t, t, v), c
 
 
-class SelfForcing(Distillation):
+class Rollouts(Distillation):
     """The student continues GIVEN true frames on its own output, to the length of a clip."""
 
     longest = 10**6  # frames of a rollout
@@ -370,7 +371,7 @@ class SelfForcing(Distillation):
         return torch.cat([context, *frames], dim=1)
 
 
-class LongLive(SelfForcing):
+class LongRollouts(Rollouts):
     """The student rolls on from step to step, up to `longest` frames; judge the newest clip."""
 
     sink = 3
@@ -416,16 +417,18 @@ def student_rollout(net, given, c, frames, seed):
 
 
 METHODS = {
-    "skyreels": partial(DiffusionForcing, non_decreasing_levels),
-    "magi": partial(DiffusionForcing, pipeline_levels),
-    "causvid": CausVid,
-    "self-forcing": SelfForcing,
-    "longlive": LongLive,
+    "diffusion-forcing": partial(DiffusionForcing, non_decreasing_levels),
+    "pipelined-diffusion-forcing": partial(DiffusionForcing, pipeline_levels),
+    "DMD-on-real-clips": RealClips,
+    "DMD-on-rollouts": Rollouts,
+    "DMD-on-long-rollouts": LongRollouts,
     "told": ToldResampling,
 }
-DISTILLED = ("causvid", "self-forcing", "longlive")
-ROLLOUTS = {"skyreels": skyreels_rollout, "magi": magi_rollout}
-ROLLOUTS |= dict.fromkeys(DISTILLED, student_rollout)
+DISTILLED = tuple(name for name in METHODS if name.startswith("DMD"))
+ROLLOUTS = {
+    "diffusion-forcing": diffusion_forcing_rollout,
+    "pipelined-diffusion-forcing": pipelined_rollout,
+} | dict.fromkeys(DISTILLED, student_rollout)
 
 
 def adam(net, lr, momentum):
@@ -439,10 +442,10 @@ def train_row(args):
     config, flags = source["config"], source["args"]
     if flags["data"] != "sprites" or config.chunk != 1:
         raise ValueError(f"--init {args.init}: wanted a run on sprites with --chunk 1")
-    run = Namespace(**(flags | vars(args) | {"warmup": 0, "fsdp": False}))
     distilled = args.method in DISTILLED
-    if distilled:
-        run.ema = 0.99
+    own = vars(args) | {"warmup": 0, "fsdp": False, "ema": 0.99 if distilled else flags["ema"]}
+    own["lr"] = args.lr or (2e-4 if distilled else flags["lr"])
+    run = Namespace(**(flags | own))
     torch.manual_seed(run.seed)
     device = torch.device("cpu")
 
@@ -491,16 +494,13 @@ def parse(argv):
     add("--out", type=Path, required=True, help="a new folder")
     add("--steps", type=number(int, 1), default=2400, help="default: %(default)s")
     add("--lr", type=number(float, 1e-9),
-        help="of AdamW (default: 5e-3); in a distilled row of the student and of the fake model "
-             "(2e-4)")
-    add("--muon-lr", type=number(float, 1e-9), default=0.015, help="default: %(default)s")
+        help="default: that of --init; of the student and the fake model of DMD 2e-4")
     add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     # fmt: on
     args = parser.parse_args(argv)
     distilled = args.method in DISTILLED
     if distilled != (args.teacher is not None):
-        raise ValueError("--teacher goes with causvid, self-forcing and longlive, and only them")
-    args.lr = args.lr or (2e-4 if distilled else 5e-3)
+        raise ValueError("--teacher goes with the rows of DMD, and only them")
     return args
 
 

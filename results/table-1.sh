@@ -1,17 +1,18 @@
 # Table 1, one seed, after table-2.sh: bash results/table-1.sh 0 [FOLDER]
 . "$(dirname "$0")/common.sh"
 
-row warm routed --history resample --top-k 2  # of 9 frames in sight: 78 % sparse
-train real --history teacher --chunk 10 --warmup 6000 --steps 6000  # its one chunk is the clip
+row warm routed-resampling --history resample --top-k 2  # of 9 frames in sight: 78 % sparse
+train bidirectional --history teacher --chunk 10 --warmup 6000 --steps 6000  # its one chunk is the clip
 
-rival warm skyreels
-rival warm magi
+rival warm diffusion-forcing
+rival warm pipelined-diffusion-forcing
 
-# distilled; CausVid's student must know noisy history, so it begins with diffusion forcing
-rival skyreels causvid --teacher $runs/real-$seed
-rival warm self-forcing --teacher $runs/real-$seed
-rival self-forcing longlive --teacher $runs/real-$seed
+# distilled; a student of real clips must know noisy history: it begins with diffusion forcing
+teacher="--teacher $runs/bidirectional-$seed"
+rival diffusion-forcing DMD-on-real-clips $teacher
+rival warm DMD-on-rollouts $teacher
+rival DMD-on-rollouts DMD-on-long-rollouts $teacher
 
-rows=$(echo $runs/{routed,skyreels,magi,causvid,self-forcing,longlive}-$seed)
+rows=$(echo $runs/{routed-resampling,{,pipelined-}diffusion-forcing,DMD-on-{real-clips,rollouts,long-rollouts}}-$seed)
 python results/evidence.py measure results/sprites.json $rows
-python results/evidence.py time results/sprites.json $runs/{teacher,noise,resample}-$seed $rows
+python results/evidence.py time results/sprites.json $runs/{teacher-forcing,history-noise,resampling-forcing}-$seed $rows

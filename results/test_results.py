@@ -20,7 +20,7 @@ import sample
 import train
 from data import COLOURS, SHAPES, Sprites, measure, paint
 from model import LEAST_T, CausalDiT, Config, load_checkpoint
-from results import bench, evidence, fig_8, health, memory, pack, pendulum, plot, rivals
+from results import bench, evidence, fig_8, health, memory, pendulum, plot, rivals
 from rf import HISTORY, add_noise, flow_matching_loss
 from routing import pick
 
@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     flags = f"{TINY} --steps 3 --warmup 3 --history teacher --out {folder}"
     train.main(f"{flags}/warm-0".split())
-    train.main(f"{flags}/real-0 --chunk 6".split())
+    train.main(f"{flags}/bidirectional-0 --chunk 6".split())
     return folder
 
 
@@ -210,7 +210,7 @@ def test_the_pipeline_finishes_a_frame_a_pass():
     the past than in training. Where history does not matter, the frames are any rollout's."""
     net = Alone()
     given, c = torch.zeros(2, 2, 3, 4, 4), torch.zeros(2, 1, 5)
-    made = torch.cat(list(rivals.magi_rollout(net, given, c, frames=16, seed=0)), 1)
+    made = torch.cat(list(rivals.pipelined_rollout(net, given, c, frames=16, seed=0)), 1)
     assert made.shape[1] == 14 and len(net.calls) == 14 + rivals.STEPS - 1
     times = rivals.solver_times(3.0)
     x, t, history, first, history_t = net.calls[8]
@@ -229,7 +229,11 @@ def test_the_pipeline_finishes_a_frame_a_pass():
 def test_both_branches_of_guidance_see_one_noisy_history():
     """SkyReels-V2's, at the level that the network is told; its noise is not a new frame's."""
     net = Alone()
-    list(rivals.skyreels_rollout(net, torch.zeros(2, 2, 3, 4, 4), torch.ones(2, 1, 5), 6, seed=0))
+    list(
+        rivals.diffusion_forcing_rollout(
+            net, torch.zeros(2, 2, 3, 4, 4), torch.ones(2, 1, 5), 6, seed=0
+        )
+    )
     seen = [call for call in net.calls if call[2] is not None]
     assert len(seen) == 4, "each frame's history is read once"
     for _, _, history, _, level in seen:
@@ -287,7 +291,7 @@ class Watched:
 
 def method_of(name, runs):
     """A distilled method, the network that it starts from, and clips."""
-    flags = f"{name} --init x --out x --teacher {runs}/real-0 --lr 1e-3"
+    flags = f"{name} --init x --out x --teacher {runs}/bidirectional-0 --lr 1e-3"
     run = rivals.parse(flags.split())
     run.frames, run.time_shift = 6, 3.0
     net = load_checkpoint(runs / "warm-0").requires_grad_(True)
@@ -302,7 +306,7 @@ def test_a_student_is_sampled_at_the_levels_of_its_training(name, runs):
     sampled, trained = Watched(net), Watched(net)
     with torch.no_grad():
         list(rivals.ROLLOUTS[name](sampled, x[:, :2], c, 8, seed=0))
-    time_shift = {"causvid": 1.0}.get(name, 10.0)
+    time_shift = {"DMD-on-real-clips": 1.0}.get(name, 10.0)
     assert sampled.levels == set(rivals.solver_times(time_shift)[:-1].tolist())
     for seed in range(12):
         method.student_clips(trained, x, c, train.ClipNoise(seed, [0, 1], "cpu"))
@@ -310,7 +314,7 @@ def test_a_student_is_sampled_at_the_levels_of_its_training(name, runs):
 
 
 def test_the_fake_model_learns_at_every_step_and_the_student_at_every_fifth(runs):
-    method, net, x, c = method_of("self-forcing", runs)
+    method, net, x, c = method_of("DMD-on-rollouts", runs)
     real = copy.deepcopy(method.real.state_dict())
     for step in range(6):
         before = copy.deepcopy(method.fake.state_dict())
@@ -325,7 +329,9 @@ def test_the_fake_model_learns_at_every_step_and_the_student_at_every_fifth(runs
 def test_a_rival_is_trained_measured_timed_and_drawn(method, runs):
     command = f"{method} --init {runs}/warm-0 --out {runs}/{method}-0 --steps 6 --lr 1e-3"
     distilled = method in rivals.DISTILLED
-    rivals.main(f"{command} --teacher {runs}/real-0".split() if distilled else command.split())
+    rivals.main(
+        f"{command} --teacher {runs}/bidirectional-0".split() if distilled else command.split()
+    )
     paths = (runs / name / "ckpt.pt" for name in ("warm-0", f"{method}-0"))
     before, after = (torch.load(path, weights_only=True) for path in paths)
     assert all(not torch.equal(z, before["ema"][name]) for name, z in after["model"].items())
@@ -347,9 +353,11 @@ def test_a_rival_is_trained_measured_timed_and_drawn(method, runs):
     assert np.array(row["frames"]).shape == (8, 3) and np.array(row["truth"]).shape == (8, 2)
     assert row["flags"]["method"] == method and row["settings"]["split"] == "final"
     assert (row["teacher_minutes"] > 0) == distilled and row["milliseconds"] > 0
-    assert row["passes"] == {"magi": 3}.get(method, 4 if distilled else 8), "guidance doubles"
+    assert row["passes"] == {"pipelined-diffusion-forcing": 3}.get(method, 4 if distilled else 8), (
+        "guidance doubles"
+    )
 
-    strip = f"strip {runs}/strip.png {runs}/{method}-0 --frames 8 --clip 1 --labels made"
+    strip = f"strip {runs}/strip.png {runs}/{method}-0 --frames 8 --clip 1"
     evidence.main(strip.split())
     assert iio.imread(runs / "strip.png").ndim == 3
 
@@ -357,19 +365,23 @@ def test_a_rival_is_trained_measured_timed_and_drawn(method, runs):
 def test_bad_input_ends_in_one_line(runs, tmp_path):
     init = f"--init {runs}/warm-0 --out {tmp_path}/x"
     for main, command, message in [
-        (rivals.main, f"causvid {init}", "--teacher goes with"),
-        (rivals.main, f"magi {init} --teacher {runs}/real-0", "only them"),
-        (rivals.main, f"causvid {init} --teacher {runs}/warm-0", "one chunk"),
-        (rivals.main, f"magi --init {runs}/none --out {tmp_path}/x", "none"),
+        (rivals.main, f"DMD-on-real-clips {init}", "--teacher goes with"),
+        (rivals.main, f"diffusion-forcing {init} --teacher {runs}/bidirectional-0", "only them"),
+        (rivals.main, f"DMD-on-real-clips {init} --teacher {runs}/warm-0", "one chunk"),
+        (rivals.main, f"diffusion-forcing --init {runs}/none --out {tmp_path}/x", "none"),
         (
             evidence.main,
-            f"measure {tmp_path}/new.json {runs}/real-0",
+            f"measure {tmp_path}/new.json {runs}/bidirectional-0",
             "wanted a run with --chunk 1",
         ),
-        (evidence.main, f"strip {tmp_path}/a.png {runs}/real-0", "evidence.py measure writes it"),
+        (
+            evidence.main,
+            f"strip {tmp_path}/a.png {runs}/bidirectional-0",
+            "evidence.py measure writes it",
+        ),
         (evidence.main, "measure", "needs a file"),
         (evidence.main, "measure x --history-level 0.1 --write-window 2", "one at a time"),
-        (fig_8.main, f"{runs}/warm-0 {tmp_path}/a.png", "wanted a run with --top-k"),
+        (evidence.main, f"pack {tmp_path}/a.pt {runs}/warm-0 {runs}/warm-0", "takes one run"),
         (bench.main, "step --foo", "unrecognized arguments: --foo"),
         (bench.main, "stop", "invalid choice: 'stop'"),
     ]:
@@ -417,10 +429,11 @@ def test_the_tables_are_means_and_errors_over_the_seeds(tmp_path, monkeypatch):
     pairs = evidence.pairs_table({"a": rows["a"]})
     assert pairs.endswith("| a | 40 ± 5 | 10 ± 5 | 0 ± 0 | 50 ± 0 | 80 ± 10 |")
 
-    (tmp_path / "x.json").write_text(json.dumps(measured_rows()))
+    rows = measured_rows()
+    (tmp_path / "x.json").write_text(json.dumps({"a": rows["a"], "b-1": rows["b"]}))
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
-    page = evidence.redraw("<!-- overall x: b=the_second a -->\nold\n<!-- end -->\nrest")
-    assert re.findall(r"^\| ([a-z ]+) \|", page, re.M) == ["the second", "a"]
+    page = evidence.redraw("<!-- overall x: b-1 a -->\nold\n<!-- end -->\nrest")
+    assert re.findall(r"^\| ([a-z1 ]+) \|", page, re.M) == ["b 1", "a"]
     assert page.endswith("<!-- end -->\nrest") and "old" not in page
     with pytest.raises(ValueError, match="has no row c"):
         evidence.redraw("<!-- overall x: c -->\n<!-- end -->")
@@ -519,11 +532,11 @@ def test_baselines_are_scored(tmp_path):
 
 def test_the_weights_of_the_box_are_those_that_were_measured(runs, tmp_path):
     rows = evidence.read_rows(HERE / "health.json")
-    for name in ("teacher", "resample"):
+    for name, row in {"teacher": "teacher-forcing", "resample": "resampling-forcing"}.items():
         net = load_checkpoint(HERE / f"{name}.pt")
-        assert evidence.fingerprint(net) == rows[name]["0"]["weights"]
+        assert evidence.fingerprint(net) == rows[row]["0"]["weights"]
 
-    pack.main([str(runs / "warm-0"), str(tmp_path / "a.pt")])
+    evidence.main(f"pack {tmp_path}/a.pt {runs}/warm-0".split())
     net, packed = load_checkpoint(runs / "warm-0"), load_checkpoint(tmp_path / "a.pt")
     for name, weight in net.state_dict().items():
         assert torch.equal(packed.state_dict()[name], weight.half().float())
@@ -650,7 +663,10 @@ SCRIPTS = [path.stem for path in sorted(HERE.glob("*.sh")) if path.stem != "comm
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_give_flags_that_exist_and_their_seed(script, tmp_path):
-    before = {f"runs/{name}-5" for name in ("warm", "teacher", "noise", "resample")}
+    before = {
+        f"runs/{name}-5"
+        for name in ("warm", "teacher-forcing", "history-noise", "resampling-forcing")
+    }
     made = set() if script in ("table-2", "fig-7") else before
     for run in made:
         (tmp_path / run).mkdir(parents=True)
@@ -736,11 +752,19 @@ def test_recorded_routing_is_what_attention_picks(runs, tmp_path, monkeypatch):
         "the branches differ"
     )
 
-    fig_8.main(f"{tmp_path} {tmp_path}/a.png --frames 4 --samples 2".split())
-    page = fig_8.draw_picks(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-    cells = [tuple(page[47 + 24 * row, 67 + 36 * column]) for row, column in np.ndindex(2, 2)]
-    assert cells == [(0, 0, 0), (255, 217, 51), (255, 217, 51), (0, 0, 0)]
-    assert iio.imread(tmp_path / "a.png").shape[1] == page.shape[1] + 36, "a column a frame"
+    share = fig_8.picks_of(load_checkpoint(tmp_path), "red circle", 4, 2)
+    assert share.shape == (3, 3) and torch.allclose(share[2], share[:2].mean(0))
+    assert torch.allclose(share.sum(1), torch.full((3,), 2.0)), "each token picks two of three"
+
+
+@pytest.mark.extras
+def test_the_picks_are_drawn(runs, tmp_path):
+    pytest.importorskip("matplotlib")
+    state = torch.load(runs / "warm-0/ckpt.pt", weights_only=True)
+    state["config"]["top_k"] = 2
+    torch.save(state, tmp_path / "ckpt.pt")
+    fig_8.main(f"{tmp_path}/a.png {tmp_path} {tmp_path} --frames 4 --samples 2".split())
+    assert iio.imread(tmp_path / "a.png").std() > 10
 
 
 @pytest.mark.parametrize("chunk, steps, window", [(1, 1, None), (3, 2, None), (1, 3, 2)])
