@@ -220,7 +220,7 @@ HISTORY_NAMES = {
     "resample": "resampling forcing",
 }
 SAMPLERS = {  # by what a run was trained on
-    "sprites": {"steps": 4, "time_shift": 10.0, "guidance": 1.5},
+    "sprites": {"steps": 4, "time_shift": 20.0, "guidance": 2.0},
     "videos": {"steps": 16, "time_shift": 3.0, "guidance": 1.5},
     "latents": {"steps": 32, "time_shift": 5.0, "guidance": 5.0},
 }
@@ -345,10 +345,10 @@ def parse(argv):
              "latents)")
     add("--time-shift", type=number(float, 0.01),
         help="Eq. (7) on the steps of the sampler: above 1, more of them at high noise (default: "
-             "10 for sprites, 3 for videos, 5 for latents)")
+             "20 for sprites, 3 for videos, 5 for latents)")
     add("--guidance", type=number(float, 0),
         help="classifier-free guidance: above 1, follow the prompt more closely; 1: off (default: "
-             "1.5, latents 5)")
+             "2 for sprites, 1.5 for videos, 5 for latents)")
     add("--given", type=Path,
         help="a video, or a picture, to continue")
     add("--given-frames", type=number(int, 1),
@@ -663,9 +663,12 @@ class Live:
             self.changed.wait_for(lambda: self.asked or not self.paused)
 
     def next_picture(self, number):
-        """Wait for another picture than this number; return its number and itself, a JPEG."""
+        """Wait for another picture than this number; return its number and itself, a JPEG.
+
+        After a second the same one again: a browser shows a picture when the next one begins.
+        """
         with self.changed:
-            self.changed.wait_for(lambda: self.number != number)
+            self.changed.wait_for(lambda: self.number != number, timeout=1)
             return self.number, self.jpeg
 
 

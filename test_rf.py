@@ -23,7 +23,6 @@ import urllib.request
 from argparse import Namespace
 from fractions import Fraction
 from functools import partial
-from hashlib import sha256
 from itertools import permutations, product
 from pathlib import Path
 
@@ -2008,7 +2007,7 @@ def test_pictures_continue_two_frames_with_the_sampler_and_window_of_the_run(tra
     net, clips = load_checkpoint(trained), Sprites(8, 9, split="test")
     videos = train.continue_some(net, clips, 9, Namespace(frames=4, words=["a"]))
     truth, c = (torch.stack(z) for z in zip(*(clips[i] for i in range(4))))
-    wanted = sample.generate(net, [(0, c)], truth[:, :2], 9, 4, 10.0, 1.5, window=3)
+    wanted = sample.generate(net, [(0, c)], truth[:, :2], 9, 4, 20.0, 2.0, window=3)
     assert torch.equal(videos["truth"], truth)
     assert torch.equal(videos["continued"], torch.cat([truth[:, :2], *wanted], 1))
 
@@ -2397,8 +2396,8 @@ def test_window_and_sink_reach_the_cache(box):
 @pytest.mark.parametrize(
     "name, words, config, settings",
     [
-        ("sprites", ["red"], {}, [4, 10.0, 1.5, 9]),  # the last of 10 frames sees 9
-        ("hidden", ["red"], {"chunk": 2}, [4, 10.0, 1.5, 4]),
+        ("sprites", ["red"], {}, [4, 20.0, 2.0, 9]),  # the last of 10 frames sees 9
+        ("hidden", ["red"], {"chunk": 2}, [4, 20.0, 2.0, 4]),
         ("clips", ["red"], {"window": 3}, [16, 3.0, 1.5, 4]),  # and the frame that is evicted
         ("latents", None, {"window": 30}, [32, 5.0, 5.0, 9]),
         ("latents", None, {"chunk": 10}, [32, 5.0, 5.0, None]),
@@ -2565,13 +2564,9 @@ def test_latents_train_a_model_that_makes_videos(wan_folder, tmp_path, monkeypat
 # metrics and pictures
 
 
-@pytest.mark.parametrize(
-    "name, fingerprint", [("teacher", "e89f97259355"), ("resample", "a7efa0984698")]
-)
-def test_the_weights_in_the_box_continue_sprites(name, fingerprint):
+@pytest.mark.parametrize("name", ("teacher", "resample"))
+def test_the_weights_in_the_box_continue_sprites(name):
     model = load_checkpoint(BOX.with_stem(name))
-    weights = b"".join(w.numpy().tobytes() for w in model.state_dict().values())
-    assert sha256(weights).hexdigest()[:12] == fingerprint
     _, video = sample.continue_held_out(model, 10, 4, **sample.default_sampler(model))
     scores = sample.measure_held_out(model, video)
     assert (scores[:, 2:].nanmean((0, 1)) > 80).all(), "Visual, Temporal and Text"
@@ -2604,7 +2599,7 @@ def test_eval_prints_a_table_for_each_checkpoint_and_draws_one_picture(
     sample.main(["--eval", *flags, "--out", str(tmp_path), "--checkpoint", teacher, box, teacher])
 
     out = capsys.readouterr().out
-    settings = {"steps": 1, "time_shift": 10.0, "guidance": 1.5, "window": 2, "seed": 3}
+    settings = {"steps": 1, "time_shift": 20.0, "guidance": 2.0, "window": 2, "seed": 3}
     videos = {}
     for name, path in (("teacher forcing", teacher), ("resampling forcing", box)):
         model = load_checkpoint(path)
@@ -2685,6 +2680,7 @@ def test_live_frames_arrive_in_every_browser_and_differ(live):
     rolling.join()
     latest = iio.imread(live.jpeg)
     assert latest.shape == (256 + 24 + 64, 2 * 264, 3) and live.number == 6
+    assert live.next_picture(6) == (6, live.jpeg), "shown in a browser when the next one begins"
     assert all((picture != latest).any() for picture in seen)
     left, right = latest[:256, :240].astype(int), latest[:256, 264:504]
     assert abs(left - right).max() < 16, "the same frames and noise, but for the JPEG"
@@ -2713,7 +2709,7 @@ def test_a_live_prompt_switches_and_an_unknown_word_is_answered_as_text(live, tr
     other.roll_out(3)
     assert other.jpeg == first and other.prompt == clip != live.prompt
     other.roll_out(6)
-    assert other.jpeg != live.jpeg
+    assert (other.last[0] != live.last[0]).any()
     post(server, "clip", "")
     live.roll_out(7)
     assert live.clip == 1 and live.prompt == sample.held_out(live.models[0].run, 2).caption(1)

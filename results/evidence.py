@@ -344,7 +344,7 @@ def markdown(head, rows):
     """A table from the names of its columns and {name: cells}."""
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(lines)
+    return "\n".join(lines).replace(" ± nan", "").replace("nan px", "-")
 
 
 def slashed(scores):
@@ -363,7 +363,7 @@ def overall_table(rows):
             head[4:] = AGAINST_TRUTH
             there, distance = (f"{means[2, i]:.1f} ± {errors[2, i]:.1f}" for i in (3, 4))
             table[name] += [f"{there} %", f"{distance} px"]
-    return markdown(head, table).replace(" ± nan", "").replace("nan px", "-")
+    return markdown(head, table)
 
 
 def costs_table(rows):

@@ -94,7 +94,7 @@ def draw_curves(plt, rows, path, styles, panels, smoothed=5, trained=10, bands=T
         axis.axvline(trained, color="#999999", linewidth=0.8)
         axis.set_title(panel, loc="left", fontsize=11)
         axis.set_xlabel("frame")
-        axis.set_xlim(0, scores_of(rows[name]).shape[1] - 1)
+        axis.set_xlim(0, scores_of(rows[name]).shape[1])
         axis.set_ylim(0, None if panel.endswith("pixels") else 102)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].text(trained, 5, " training clips end", fontsize=8, color="#777777")

@@ -531,7 +531,7 @@ def test_baselines_are_scored(tmp_path):
 
 
 def test_the_weights_of_the_box_are_those_that_were_measured(runs, tmp_path):
-    rows = evidence.read_rows(HERE / "health.json")
+    rows = evidence.read_rows(HERE / "sprites.json")
     for name, row in {"teacher": "teacher-forcing", "resample": "resampling-forcing"}.items():
         net = load_checkpoint(HERE / f"{name}.pt")
         assert evidence.fingerprint(net) == rows[row]["0"]["weights"]
