@@ -42,7 +42,7 @@ def record_picks(model, shares, videos):
         block.self_attn.register_forward_hook(hook)
 
 
-def picks_of(model, prompt, frames, samples):
+def picks_of(model, frames, samples, prompt="red circle and blue square"):
     """What the last frame picks: (layers + 1, frames - 1), the last row the mean of the layers."""
     shares = [[] for _ in model.blocks]
     record_picks(model, shares, samples)
@@ -77,7 +77,6 @@ def main(argv):
     add = parser.add_argument
     add("picture", type=Path, help="a .png")
     add("runs", type=Path, nargs="+", help="runs of train.py with --top-k")
-    add("--prompt", default="red circle and blue square", help="default: %(default)s")
     add("--frames", type=number(int, 2), default=10, help="default: %(default)s")
     add("--samples", type=number(int, 1), default=16, help="videos (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -87,7 +86,7 @@ def main(argv):
         model = load_checkpoint(run)
         if model.config.top_k is None or model.config.chunk != 1:
             raise ValueError(f"{run}: wanted a run with --top-k and --chunk 1")
-        share = picks_of(model, args.prompt, args.frames, args.samples)
+        share = picks_of(model, args.frames, args.samples)
         shares[f"k = {model.config.top_k}"] = share.numpy()
     draw_picks(plt, shares, args.picture)
 

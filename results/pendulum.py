@@ -5,7 +5,7 @@
 
 Without runs, record 300 clips of 36 frames to FOLDER/train and 16 to FOLDER/held-out. With runs,
 continue the 16 from two frames; print by quarters of a clip the rod's speed in degrees a frame, and
-then how much red there is; draw the first clip in results/pendulum.png.
+then how much red there is; draw the eighth clip in results/pendulum.png.
 """
 
 import sys
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Parser, Words, read_video, run_main, writer
 from model import load_checkpoint
-from sample import GIVEN, contact_sheet, continue_clips, default_sampler
+from sample import GIVEN, HISTORY_NAMES, contact_sheet, continue_clips, default_sampler
 
 
 def record(folder):
@@ -57,11 +57,12 @@ def main(argv):
     for run in args.runs:
         net = load_checkpoint(run)
         c = Words(*net.run["words"]).text([""] * len(truth))
-        clips[run.name] = continue_clips(net, truth, c, 36, GIVEN, **default_sampler(net))
+        name = HISTORY_NAMES[net.run["history"]]
+        clips[name] = continue_clips(net, truth, c, 36, GIVEN, **default_sampler(net))
     for name, video in clips.items():
         quarters = [z.unflatten(1, (4, 9)).mean((0, 2)) for z in motion(video)]
-        print(f"{name:>14}", *(f"{z:6.1f}" for z in torch.cat(quarters)))
-    videos = torch.stack([video[0] for video in clips.values()])
+        print(f"{name:>18}", *(f"{z:6.1f}" for z in torch.cat(quarters)))
+    videos = torch.stack([video[7] for video in clips.values()])
     iio.imwrite("results/pendulum.png", contact_sheet(videos, list(clips), columns=12))
 
 

@@ -752,7 +752,7 @@ def test_recorded_routing_is_what_attention_picks(runs, tmp_path, monkeypatch):
         "the branches differ"
     )
 
-    share = fig_8.picks_of(load_checkpoint(tmp_path), "red circle", 4, 2)
+    share = fig_8.picks_of(load_checkpoint(tmp_path), 4, 2)
     assert share.shape == (3, 3) and torch.allclose(share[2], share[:2].mean(0))
     assert torch.allclose(share.sum(1), torch.full((3,), 2.0)), "each token picks two of three"
 
