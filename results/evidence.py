@@ -262,7 +262,7 @@ def baselines(args):
     captions = [clips.caption(i) for i in range(args.samples)]
     truth = torch.stack([clips[i][0] for i in range(args.samples)])
     rows = read_rows(args.file)
-    for name, made in {"truth": truth, "copy": truth[:, frame.clamp(max=GIVEN - 1)]}.items():
+    for name, made in {"truth": truth, "frozen-copy": truth[:, frame.clamp(max=GIVEN - 1)]}.items():
         scores = measure(made, captions).nanmean(0)
         distances = against_truth(made, truth, captions, wall=False)
         measured = {"frames": rounded(scores), "truth": rounded(distances)}

@@ -524,10 +524,10 @@ def test_baselines_are_scored(tmp_path):
     evidence.main(f"baselines {tmp_path}/x.json --samples 3 --frames 30".split())
     rows = evidence.read_rows(tmp_path / "x.json")
     last = {name: evidence.means_and_errors(seeds)[0][2] for name, seeds in rows.items()}
-    assert last["truth"][:4].min() > 97 and last["copy"][[0, 2, 3]].min() > 90
-    assert last["truth"][4] == 0 and last["copy"][4] > 5
-    assert evidence.scores_of(rows["copy"])[0, 2, 1] < 90, "it stands from frame 2 on"
-    assert last["copy"][1] < 25
+    assert last["truth"][:4].min() > 97 and last["frozen-copy"][[0, 2, 3]].min() > 90
+    assert last["truth"][4] == 0 and last["frozen-copy"][4] > 5
+    assert evidence.scores_of(rows["frozen-copy"])[0, 2, 1] < 90, "it stands from frame 2 on"
+    assert last["frozen-copy"][1] < 25
 
 
 def test_the_weights_of_the_box_are_those_that_were_measured(runs, tmp_path):
