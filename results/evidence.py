@@ -462,7 +462,7 @@ def tables(args):
         page.write_text(redraw(page.read_text("utf-8")), "utf-8")
 
 
-# ---- strip ----
+# ---- strip and pack ----
 
 
 def strip(args):
@@ -481,10 +481,8 @@ def strip(args):
     iio.imwrite(args.file, sample.contact_sheet(videos, list(rows), columns=12))
 
 
-# ---- pack ----
-
-
 def pack(args):
+    """Write a run's averaged weights in half precision, and what loading them needs."""
     state = read_checkpoint(args.runs[0])
     packed = {
         "config": asdict(state["config"]),
