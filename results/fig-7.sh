@@ -13,3 +13,4 @@ done
 rows=$(echo $runs/{dense,top-5,window-5,top-1,window-1}-$seed)
 python results/evidence.py measure results/hidden.json --frames 48 $rows
 python results/memory.py results/hidden.json $rows
+python results/evidence.py strip results/fig-7-strip.png --frames 48 $runs/{dense,top-5,window-5,window-1}-$seed
