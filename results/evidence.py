@@ -1,7 +1,7 @@
 """Measure runs on held-out sprites, and redraw the tables and strips of the two README files.
 
-  python results/evidence.py measure results/sprites.json runs/resample-0 runs/teacher-0
-  python results/evidence.py time results/sprites.json runs/resample-0 runs/teacher-0
+  python results/evidence.py measure results/sprites.json runs/resampling-forcing-0
+  python results/evidence.py time results/sprites.json runs/{teacher,resampling}-forcing-0
   python results/evidence.py baselines results/sprites.json
   python results/evidence.py strip results/table-1.png runs/*-0
   python results/evidence.py pack results/resample.pt runs/resampling-forcing-0

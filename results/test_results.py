@@ -362,6 +362,17 @@ def test_a_rival_is_trained_measured_timed_and_drawn(method, runs):
     assert iio.imread(runs / "strip.png").ndim == 3
 
 
+@pytest.mark.parametrize(
+    "method, own", [("told", {}), ("DMD-on-rollouts", {"lr": 2e-4, "ema": 0.99})]
+)
+def test_a_rival_keeps_the_rates_of_the_run_that_it_begins_with(method, own, runs, tmp_path):
+    teacher = f"--teacher {runs}/bidirectional-0" if own else ""
+    rivals.main(f"{method} --init {runs}/warm-0 --out {tmp_path}/a --steps 1 {teacher}".split())
+    names = ("lr", "muon_lr", "ema", "decay", "lr_warmup", "batch", "frames")
+    before, after = (load_checkpoint(path).run for path in (runs / "warm-0", tmp_path / "a"))
+    assert {name: after[name] for name in names} == {name: before[name] for name in names} | own
+
+
 def test_bad_input_ends_in_one_line(runs, tmp_path):
     init = f"--init {runs}/warm-0 --out {tmp_path}/x"
     for main, command, message in [
