@@ -58,6 +58,8 @@ def main(argv):
         net = load_checkpoint(run)
         c = Words(*net.run["words"]).text([""] * len(truth))
         name = HISTORY_NAMES[net.run["history"]]
+        if name in clips:
+            raise ValueError(f"{run}: wanted one run of {name}")
         clips[name] = continue_clips(net, truth, c, 36, GIVEN, **default_sampler(net))
     for name, video in clips.items():
         quarters = [z.unflatten(1, (4, 9)).mean((0, 2)) for z in motion(video)]
