@@ -223,7 +223,7 @@ def measure_runs(args):
         rows = read_rows(args.file)  # another process may have added a run
         rows.setdefault(name, {})[seed] = measured
         write_json(args.file, {name: dict(sorted(rows[name].items())) for name in sorted(rows)})
-    print(overall_table(read_rows(args.file)))
+    print(scores_table(read_rows(args.file)))
 
 
 def time_runs(args, frames=32):
@@ -268,7 +268,7 @@ def baselines(args):
         measured = {"frames": rounded(scores), "truth": rounded(distances)}
         rows[name] = {"0": {"settings": clips_of(vars(args))} | measured}
     write_json(args.file, rows)
-    print(overall_table(rows))
+    print(scores_table(rows))
 
 
 def split_name(run):
@@ -344,7 +344,7 @@ def markdown(head, rows):
     """A table from the names of its columns and {name: cells}."""
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(lines).replace(" ± nan", "").replace("nan px", "-")
+    return "\n".join(lines).replace(" ± nan", "").replace("nan px", "-").replace("nan %", "-")
 
 
 def slashed(scores):
@@ -352,33 +352,26 @@ def slashed(scores):
     return " / ".join(f"{scores[i]:.0f}" for i in COLUMNS.values())
 
 
-def overall_table(rows):
-    """Temporal, Visual and Text over all frames; the last third, compared with the truth, too."""
-    table, head = {}, [*(f"*{name}*" for name in COLUMNS), "last third"]
+def scores_table(rows):
+    """The scores of the last third, and its clips compared with the true ones: mean ± error."""
+    table = {}
     for name, seeds in rows.items():
         means, errors = means_and_errors(seeds)
-        shown = [f"{z:.1f} ± {e:.1f}" for z, e in zip(means[3], errors[3])]
-        table[name] = [*(shown[i] for i in COLUMNS.values()), slashed(means[2])]
-        if "truth" in next(iter(seeds.values())):
-            head[4:] = AGAINST_TRUTH
-            there, distance = (f"{means[2, i]:.1f} ± {errors[2, i]:.1f}" for i in (3, 4))
-            table[name] += [f"{there} %", f"{distance} px"]
-    return markdown(head, table)
+        shown = [f"{z:.1f} ± {e:.1f}" for z, e in zip(means[2], errors[2])]
+        table[name] = [shown[i] for i in COLUMNS.values()] + [f"{shown[3]} %", f"{shown[4]} px"]
+    return markdown([*(f"*{name}*" for name in COLUMNS), *AGAINST_TRUTH], table)
 
 
 def costs_table(rows):
-    """What each row costs in training and in sampling; "-" is nothing, or not measured.
-
-    *seeds* counts those whose milliseconds were measured.
-    """
+    """What each row costs in training and in sampling; "-" is nothing, or not measured."""
     table = {}
     for name, seeds in rows.items():
-        cells = [str(sum("milliseconds" in measured for measured in seeds.values()))]
+        cells = []
         for column, digits in COSTS.items():
             costs = [measured[column] for measured in seeds.values() if measured.get(column)]
             cells.append(f"{np.mean(costs):.{digits}f}" if costs else "-")
         table[name] = cells
-    return markdown(["seeds", "minutes", "its teacher's", "passes a frame", "ms a frame"], table)
+    return markdown(["minutes", "its teacher's", "passes a frame", "ms a frame"], table)
 
 
 def bias_table(rows):
@@ -389,27 +382,6 @@ def bias_table(rows):
         table[name] = map(slashed, [true[0], own[0], true[2], own[2], true[2] - own[2]])
     head = ["first third, true history", "own", "last third, true history", "own", "lost"]
     return markdown(head, table)
-
-
-def lead_table(rows):
-    """The last third of the last row minus that of each other row, seed by seed: mean ± error.
-
-    Runs of one seed share their warm-up, clips and noise, so that much of the spread over the seeds
-    cancels.
-    """
-    last = {}
-    for name, seeds in rows.items():
-        thirds = {seed: means_and_errors({seed: z})[0] for seed, z in seeds.items()}
-        last[name] = {seed: means[2] for seed, means in thirds.items()}
-
-    *others, leader = rows
-    table = {}
-    for name in others:
-        seeds = sorted(last[name].keys() & last[leader].keys())
-        lead = torch.stack([last[leader][seed] - last[name][seed] for seed in seeds])
-        mean, error = lead.mean(0), standard_error(lead)
-        table[name] = [f"{mean[i]:+.1f} ± {error[i]:.1f}" for i in COLUMNS.values()]
-    return markdown([f"*{name}*" for name in COLUMNS], table)
 
 
 def pairs_table(rows):
@@ -434,10 +406,9 @@ def label_of(name):
 
 
 TABLES = {
-    "overall": overall_table,
+    "scores": scores_table,
     "costs": costs_table,
     "bias": bias_table,
-    "lead": lead_table,
     "pairs": pairs_table,
 }
 
