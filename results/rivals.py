@@ -296,10 +296,11 @@ class Distillation:
     def __init__(self, run):
         self.real = load_checkpoint(run.teacher)
         self.length = self.real.config.chunk  # frames of a clip
-        if self.length != run.frames:
+        if (self.length, self.real.run["frames"]) != (run.frames, run.frames):
             raise ValueError(
                 f"--teacher {run.teacher}: wanted a run whose one chunk is the whole clip, --chunk "
-                f"{run.frames} --frames {run.frames}; its chunk is {self.length}"
+                f"{run.frames} --frames {run.frames}; it has --chunk {self.length} --frames "
+                f"{self.real.run['frames']}"
             )
         self.fake = deepcopy(self.real).requires_grad_(True)
         self.optimizer = adam(self.fake, run.lr, self.momentum)

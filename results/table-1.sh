@@ -2,7 +2,7 @@
 . "$(dirname "$0")/common.sh"
 
 row warm routed-resampling --history resample --top-k 2  # of 9 frames in sight: 78 % sparse
-train bidirectional --history teacher --chunk 10 --warmup 6000 --steps 6000  # its one chunk is the clip
+train bidirectional --history teacher --chunk 10 --frames 10 --warmup 6000 --steps 6000
 
 rival warm diffusion-forcing
 rival warm pipelined-diffusion-forcing

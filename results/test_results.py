@@ -375,10 +375,13 @@ def test_a_rival_keeps_the_rates_of_the_run_that_it_begins_with(method, own, run
 
 def test_bad_input_ends_in_one_line(runs, tmp_path):
     init = f"--init {runs}/warm-0 --out {tmp_path}/x"
+    two_chunks = f"--history teacher --warmup 1 --steps 1 --chunk 6 --out {tmp_path}/two"
+    train.main([*TINY.replace("--frames 6", "--frames 12").split(), *two_chunks.split()])
     for main, command, message in [
         (rivals.main, f"DMD-on-real-clips {init}", "--teacher goes with"),
         (rivals.main, f"diffusion-forcing {init} --teacher {runs}/bidirectional-0", "only them"),
         (rivals.main, f"DMD-on-real-clips {init} --teacher {runs}/warm-0", "one chunk"),
+        (rivals.main, f"DMD-on-real-clips {init} --teacher {tmp_path}/two", "--frames 12"),
         (rivals.main, f"diffusion-forcing --init {runs}/none --out {tmp_path}/x", "none"),
         (
             evidence.main,
