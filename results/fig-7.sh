@@ -5,12 +5,11 @@
 world="--data hidden --objects 1 --frames 12"
 warm_up hidden $world
 row hidden dense $world
-for k in 5 1; do
-    row hidden top-$k $world --top-k $k
-    row hidden window-$k $world --window $k
-done
+row hidden top-5 $world --top-k 5
+row hidden window-5 $world --window 5
+row hidden window-1 $world --window 1
 
-rows=$(echo $runs/{dense,top-5,window-5,top-1,window-1}-$seed)
+rows=$(echo $runs/{dense,top-5,window-5,window-1}-$seed)
 python results/evidence.py measure results/hidden.json --frames 48 $rows
 python results/memory.py results/hidden.json $rows
-python results/evidence.py strip results/fig-7-strip.png --frames 48 $runs/{dense,top-5,window-5,window-1}-$seed
+python results/evidence.py strip results/fig-7-strip.png --frames 48 --clip 1 $rows

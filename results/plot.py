@@ -60,7 +60,6 @@ MEMORY = {  # rows of hidden.json
     "dense": ("#157f3b", "o", 2.4),
     "top-5": ("#3a76c4", "D", 1.4),
     "window-5": ("#d68a00", "^", 1.4),
-    "top-1": ("#9467bd", "P", 1.4),
     "window-1": ("#d62728", "s", 1.4),
 }
 
@@ -184,7 +183,8 @@ PICTURES = {  # how to draw it, from which JSON
     "rivals": (draw_curves, "sprites",
                {"styles": RIVALS, "panels": ["Temporal", "Text", THERE], "bands": False}),
     "fig-6": (draw_shift, "sprites", {}),
-    "fig-7": (draw_curves, "hidden", {"styles": MEMORY, "panels": METRICS, "trained": 12}),
+    "fig-7": (draw_curves, "hidden",
+              {"styles": MEMORY, "panels": ["Temporal", "Text"], "trained": 12}),
 }  # fmt: skip
 
 
