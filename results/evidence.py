@@ -343,7 +343,7 @@ def markdown(head, rows):
     """A table from the names of its columns and {name: cells}."""
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(lines).replace(" ± nan", "").replace("nan px", "-").replace("nan %", "-")
+    return "\n".join(lines).replace(" ± nan", "").replace("nan px", "-")
 
 
 def slashed(scores):
