@@ -12,7 +12,7 @@ measure    continue clips of the split "final" with each run's own sampler, and 
            measured in the same way before is skipped: start a killed command again
 time       add what a new frame costs, all runs in turn in one process
 baselines  score the truth, and a copy of the last given frame
-strip      draw a clip of each measured run below one another
+strip      draw the first clip of each measured run below one another
 pack       reduce a run to its averaged weights in half precision, which load like a run: sample.py
            --checkpoint, train.py --init; --resume needs the moments, too, and refuses it
 tables     rewrite what stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and
@@ -57,7 +57,6 @@ MARKED = re.compile(
     re.DOTALL,
 )
 ROUNDS = 5  # of timing
-KEPT = 4  # clips of a run, for the strip
 
 
 # ---- measure ----
@@ -125,7 +124,7 @@ def measure_run(run, net, settings, true_history):
     those of the training; frames (T, 3), the scores of each frame, mean over the videos; truth
     (T, 2), see `against_truth`; true_history (T, 3) or None, the scores if each frame is predicted
     from true ones; minutes of this run's training, without those of a run it started from;
-    teacher_minutes, those of the teacher of a distilled run. Keeps the first clips.
+    teacher_minutes, those of the teacher of a distilled run. Keeps the first clip.
     """
     T, split = settings["frames"], settings["split"]
 
@@ -144,7 +143,7 @@ def measure_run(run, net, settings, true_history):
     truth, made, scores = score(roll_out)
     path = clips_path(run, T)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, truth=truth[:KEPT].half().numpy(), made=made[:KEPT].half().numpy())
+    np.savez_compressed(path, truth=truth[:1].half().numpy(), made=made[:1].half().numpy())
 
     clips = held_out(net.run, T, split)
     captions = [clips.caption(i) for i in range(len(made))]
@@ -162,7 +161,7 @@ def measure_run(run, net, settings, true_history):
 
 
 def clips_path(run, frames):
-    """Where `measure` keeps the first clips of a run, of so many frames, for `strip`."""
+    """Where `measure` keeps the first clip of a run, of so many frames, for `strip`."""
     return run_folder(run) / "samples" / f"measured-{frames}.npz"
 
 
@@ -372,7 +371,7 @@ def costs_table(rows):
         ]
         if costs:
             minutes, passes, milliseconds = np.mean(costs, 0)
-            table[name] = [f"{minutes:.0f}", f"{passes:.2f}", f"{milliseconds:.1f}"]
+            table[name] = [f"{minutes:.0f}", f"{passes:.2g}", f"{milliseconds:.1f}"]
     return markdown(["minutes of training", "passes a frame", "ms a frame"], table)
 
 
@@ -439,17 +438,15 @@ def tables(args):
 
 
 def strip(args):
-    """Draw clip number --clip of each run, the truth above them."""
+    """Draw the first clip of each run, the truth above them."""
     rows = {}
     for run in args.runs:
         path = clips_path(run, args.frames)
         if not path.exists():
             raise ValueError(f"no {path}; evidence.py measure writes it")
         clips = np.load(path)
-        if args.clip >= len(clips["made"]):
-            raise ValueError(f"--clip {args.clip}: {path} holds {len(clips['made'])} clips")
-        rows.setdefault("truth", clips["truth"][args.clip])
-        rows[label_of(split_name(run)[0])] = clips["made"][args.clip]
+        rows.setdefault("truth", clips["truth"][0])
+        rows[label_of(split_name(run)[0])] = clips["made"][0]
     videos = torch.from_numpy(np.stack(list(rows.values()))).float()
     iio.imwrite(args.file, sample.contact_sheet(videos, list(rows), columns=12))
 
@@ -492,7 +489,6 @@ def parse(argv):
         help="measure: tell the network that finished frames have this noise level (default: 0)")
     add("--write-window", type=number(int, 1),
         help="measure: write a frame into the cache in a pass that sees only so many before it")
-    add("--clip", type=number(int, 0), default=0, help="strip: which clip (default: %(default)s)")
     # fmt: on
     args = parser.parse_intermixed_args(argv)
     if args.command != "tables" and args.file is None:

@@ -12,4 +12,4 @@ row hidden window-1 $world --window 1
 rows=$(echo $runs/{dense,top-5,window-5,window-1}-$seed)
 python results/evidence.py measure results/hidden.json --frames 48 $rows
 python results/memory.py results/hidden.json $rows
-python results/evidence.py strip results/fig-7-strip.png --frames 48 --clip 1 $rows
+python results/memory.py results/fig-7-strip.png $rows

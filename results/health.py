@@ -3,8 +3,9 @@
   python results/health.py runs/001
 
 Prints Eq. (4)'s loss on held-out sprites, all frames at one noise level t, on the true history and
-on the history that self-resampling makes (s = 0.6). t near 1 asks where things are going, and t
-near 0 asks for their edges.
+on the history that self-resampling makes. t near 1 asks where things are going, and t near 0 asks
+for their edges. Then *Visual* of the redrawn frames and of those that the run makes in sampling,
+which the redrawn ones should resemble.
 """
 
 import sys
@@ -15,10 +16,10 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Parser, fold, number, run_main
+from data import Parser, fold, measure, number, run_main, unfold
 from model import load_checkpoint
 from rf import add_noise, self_resample
-from sample import held_out
+from sample import GIVEN, continue_held_out, default_sampler, held_out
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
@@ -42,16 +43,25 @@ def main(argv):
     parser.add_argument("--samples", type=number(int, 1), default=64, help="default: %(default)s")
     args = parser.parse_args(argv)
     model = load_checkpoint(args.run)
+    frames, s, steps = (model.run[name] for name in ("frames", "shift", "resample_steps"))
 
-    clips = held_out(model.run, model.run["frames"])
+    clips = held_out(model.run, frames)
     videos, c = default_collate([clips[i] for i in range(args.samples)])
     x = fold(videos, model.config.chunk)
     torch.manual_seed(0)
-    histories = {"true": x[:, :-1], "resampled": self_resample(model, x[:, :-1], c)}
+    redrawn = self_resample(model, x[:, :-1], c, s, steps)
+    histories = {"true": x[:, :-1], "resampled": redrawn}
     print(f"{'history':>12}" + "".join(f"{f't = {t:g}':>10}" for t in LEVELS))
     for name, history in histories.items():
         losses = losses_by_level(model, x, c, history)
         print(f"{name:>12}" + "".join(f"{loss:10.4f}" for loss in losses))
+
+    _, made = continue_held_out(model, frames, args.samples, **default_sampler(model))
+    captions = [clips.caption(i) for i in range(args.samples)]
+    shown = {"redrawn": unfold(redrawn, model.config.chunk), "its own": made[:, GIVEN:]}
+    for name, video in shown.items():
+        visual = measure(video, captions, clips.wall)[..., 0].nanmean()
+        print(f"Visual, {name}: {visual:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """Fig. 7's paired control: is the hidden sprite remembered, or guessed?
 
   python results/memory.py results/hidden.json runs/dense-0 runs/window-5-0
+  python results/memory.py results/fig-7-strip.png runs/dense-0 runs/window-5-0
 
 Two clips differ in the colour of their one sprite alone. True frames are given up to the last of
 HIDDEN or more in a row in which the wall hides it whole; both are continued with the same noise.
 When the sprite is out again, its colour is its own, that of the other clip, a third, or none. Where
-nothing of it is left in sight the first two are equally likely. A window sees further back than
-its length: the keys of its frames were computed from those before them. Adds the counts to the runs
-in the JSON file.
+nothing of it is left in sight the first two are equally likely. Adds the counts to the runs in the
+JSON file; if the file is a picture, draws the first pair.
 """
 
 import sys
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
+import imageio.v3 as iio
 import torch
+from einops import rearrange
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from data import Parser, number, run_main
 from model import load_checkpoint
-from results.evidence import pairs_table, read_rows, split_name, write_json
-from sample import continue_clips, default_sampler, held_out
+from results.evidence import label_of, pairs_table, read_rows, split_name, write_json
+from sample import contact_sheet, continue_clips, default_sampler, held_out
 
-HIDDEN = 4  # frames at least in which nothing of the sprite is seen
+HIDDEN = 5  # frames at least in which nothing of the sprite is seen: all that `window-5` sees
 OUT = 0.95  # share of the sprite in sight, at which it is judged
 
 
-def questions(world, length):
+def questions(world, length=48):
     """Pairs of clips (2, T, 3, size, size), the number of given frames, and the two colours.
 
     world: one sprite and a wall. A clip ends with the first frame in which the sprite is out again,
@@ -37,9 +39,8 @@ def questions(world, length):
     """
     for i in count():
         colour, shape, at = world.scene(i, length)
-        cover = data.coverage(
-            at, shape, world.size, data.radius_of(world.size)
-        )  # (T, 1, size, size)
+        radius = data.radius_of(world.size)
+        cover = data.coverage(at, shape, world.size, radius)  # (T, 1, size, size)
         shown = (cover * ~data.wall_columns(world.size)).sum((1, 2, 3)) / cover.sum((1, 2, 3))
         gone = shown == 0
         back = [t for t in range(HIDDEN, length) if gone[t - HIDDEN : t].all() and not gone[t]]
@@ -53,32 +54,50 @@ def questions(world, length):
         yield torch.stack(clips), back[0], (colour, twin), shape
 
 
-def answers(net, samples, length=48):
+def continue_pair(net, clips, given, seed):
+    """Continue both clips from their first `given` frames with the same noise: (2, T, ...)."""
+    c = held_out(net.run, 1).words("")[None]  # no caption names the colour
+    settings = default_sampler(net) | {"seed": seed}
+    made = [continue_clips(net, clip[None], c, len(clip), given, **settings) for clip in clips]
+    return torch.cat(made)
+
+
+def answers(net, samples):
     """Count what comes out again in 2 · samples clips: own, other, third, none."""
     counts = dict.fromkeys(("own", "other", "third", "none"), 0)
-    world = held_out(net.run, net.run["frames"], "final")
-    c = torch.zeros(1, world.words.rows, world.text_dim)
-    asked = questions(world, length)
-    for seed in tqdm(range(samples), "pairs", leave=False):
-        clips, given, colours, shape = next(asked)
-        for clip, own, other in zip(clips, colours, reversed(colours)):
-            made = continue_clips(
-                net, clip[None], c, len(clip), given, **default_sampler(net), seed=seed
-            )
-            sprites, _, _ = data.fit_video(made[:, -1:], [data.caption_text(own, shape)], wall=True)
+    asked = islice(questions(held_out(net.run, 1, "final")), samples)
+    for seed, pair in enumerate(tqdm(asked, "pairs", samples, leave=False)):
+        clips, given, colours, shape = pair
+        made = continue_pair(net, clips, given, seed)
+        for clip, own, other in zip(made, colours, reversed(colours)):
+            caption = data.caption_text(own, shape)
+            sprites, _, _ = data.fit_video(clip[None, -1:], [caption], wall=True)
             share, colour = sprites[0, 0, :, 3].max(0)
             named = {own.item(): "own", other.item(): "other"}
             counts[named.get(colour.item(), "third") if share > data.SEEN else "none"] += 1
     return counts
 
 
+def strip(path, runs):
+    """Draw the first pair, its clips side by side, and how each run continues it."""
+    nets = {label_of(split_name(run)[0]): load_checkpoint(run) for run in runs}
+    world = held_out(load_checkpoint(runs[0]).run, 1, "final")
+    clips, given, *_ = next(questions(world))
+    rows = {"truth": clips}
+    rows |= {name: continue_pair(net, clips, given, seed=0) for name, net in nets.items()}
+    videos = rearrange(list(rows.values()), "n pair t c h w -> n t c h (pair w)")
+    iio.imwrite(path, contact_sheet(videos, list(rows), columns=8))
+
+
 def main(argv):
     parser = Parser(__doc__, "%(prog)s FILE RUN [RUN ...] [flags]")
     add = parser.add_argument
-    add("file", type=Path, help="results/NAME.json, in which evidence.py measured the runs")
+    add("file", type=Path, help="a .png, or the .json in which evidence.py measured the runs")
     add("runs", type=Path, nargs="+", help="runs of train.py --data hidden --objects 1")
     add("--samples", type=number(int, 1), default=64, help="pairs (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.file.suffix == ".png":
+        return strip(args.file, args.runs)
     for run in args.runs:
         name, seed = split_name(run)
         rows = read_rows(args.file)
