@@ -16,8 +16,8 @@ strip      draw the first clip of each measured run below one another
 pack       reduce a run to its averaged weights in half precision, which load like a run: sample.py
            --checkpoint, train.py --init; --resume needs the moments, too, and refuses it
 tables     rewrite what stands between <!-- KIND FILE: NAMES --> and <!-- end --> in README.md and
-           results/README.md from results/FILE.json. KIND is one of TABLES. NAMES are the rows, all
-           if left out; they are shown with spaces for their hyphens
+           results/README.md from results/FILE.json, of the seeds that all rows of a table have.
+           KIND is one of TABLES. NAMES are the rows, all if left out
 
 The JSON is {name: {seed: measured}}; see `measure_run`. B videos, T frames, K colours.
 """
@@ -309,13 +309,11 @@ def write_json(path, content):
 
 def scores_of(seeds):
     """The scores (seeds, T, 5) of {seed: measured}, see COLUMNS and AGAINST_TRUTH."""
-    return torch.stack([scores_of_seed(measured) for measured in seeds.values()])
-
-
-def scores_of_seed(measured):
-    rows = measured["frames"]
-    truth = measured.get("truth") or [[None, None]] * len(rows)  # not of frames on true history
-    values = [[np.nan if z is None else z for z in sum(row, [])] for row in zip(rows, truth)]
+    values = []
+    for measured in seeds.values():
+        frames = measured["frames"]
+        truth = measured.get("truth") or [[None, None]] * len(frames)  # not on true history
+        values.append([[np.nan if z is None else z for z in a + b] for a, b in zip(frames, truth)])
     return torch.tensor(values)
 
 
@@ -401,17 +399,22 @@ def pairs_table(rows):
     return markdown(["its own colour", "the other clip's", "a third", "none", "own of two"], table)
 
 
+def paired(rows):
+    """Rows with those seeds alone that all runs among them have; baselines stay as they are."""
+    runs = {name: seeds for name, seeds in rows.items() if "weights" in next(iter(seeds.values()))}
+    shared = set.intersection(*map(set, runs.values())) if runs else ()
+    return rows | {
+        name: {seed: z for seed, z in seeds.items() if seed in shared}
+        for name, seeds in runs.items()
+    }
+
+
 def label_of(name):
     """A row's name as it is shown."""
     return name.replace("-", " ")
 
 
-TABLES = {
-    "scores": scores_table,
-    "costs": costs_table,
-    "bias": bias_table,
-    "pairs": pairs_table,
-}
+TABLES = {"scores": scores_table, "costs": costs_table, "bias": bias_table, "pairs": pairs_table}
 
 
 def redraw(text):
@@ -424,7 +427,7 @@ def redraw(text):
             if name not in rows:
                 raise ValueError(f"results/{match['file']}.json has no row {name}")
             chosen[label_of(name)] = rows[name]
-        return f"{match['mark']}\n{TABLES[match['kind']](chosen)}\n<!-- end -->"
+        return f"{match['mark']}\n{TABLES[match['kind']](paired(chosen))}\n<!-- end -->"
 
     return MARKED.sub(draw, text)
 

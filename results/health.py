@@ -16,10 +16,10 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Parser, fold, measure, number, run_main, unfold
+from data import Parser, fold, number, run_main, unfold
 from model import load_checkpoint
 from rf import add_noise, self_resample
-from sample import GIVEN, continue_held_out, default_sampler, held_out
+from sample import GIVEN, continue_held_out, default_sampler, held_out, measure_held_out
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
@@ -57,11 +57,9 @@ def main(argv):
         print(f"{name:>12}" + "".join(f"{loss:10.4f}" for loss in losses))
 
     _, made = continue_held_out(model, frames, args.samples, **default_sampler(model))
-    captions = [clips.caption(i) for i in range(args.samples)]
     shown = {"redrawn": unfold(redrawn, model.config.chunk), "its own": made[:, GIVEN:]}
     for name, video in shown.items():
-        visual = measure(video, captions, clips.wall)[..., 0].nanmean()
-        print(f"Visual, {name}: {visual:.1f}")
+        print(f"Visual, {name}: {measure_held_out(model, video)[..., 0].nanmean():.1f}")
 
 
 if __name__ == "__main__":

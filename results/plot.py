@@ -9,8 +9,9 @@
   fig-6.png    scores against the timestep shift s of self-resampling, from sprites.json
   fig-7.png    scores with less and less history in sight, from hidden.json
 
-A solid line is the mean over the seeds, a band their standard deviation (rivals.png has none), and
-a dashed line the same models on true history: the distance between the two is exposure bias.
+Drawn are the seeds that all rows of a picture have: a solid line is their mean, a band their
+standard deviation (rivals.png has none), and a dashed line the same models on true history: the
+distance between the two is exposure bias.
 """
 
 import sys
@@ -27,6 +28,7 @@ from results.evidence import (
     RESULTS,
     label_of,
     means_and_errors,
+    paired,
     read_rows,
     scores_of,
     true_history_of,
@@ -56,6 +58,7 @@ RIVALS = {  # the rows of Table 1
     "routed-resampling": ("#111111", "X", 2.0),
     "resampling-forcing": ("#157f3b", "o", 2.4),
 }
+SHIFTS = {0.1: "s-0.1", 0.6: "resampling-forcing", 1: "s-1", 3: "s-3"}  # s of Fig. 6: row
 MEMORY = {  # rows of hidden.json
     "dense": ("#157f3b", "o", 2.4),
     "top-5": ("#3a76c4", "D", 1.4),
@@ -79,7 +82,7 @@ def draw_curves(plt, rows, path, styles, panels, smoothed=5, trained=10, bands=T
     styles: as HISTORIES. smoothed: frames in a running mean. trained: frames of a training clip,
     for the mark. bands: draw the spread of the seeds. Raises ValueError if a row is not measured.
     """
-    check_rows(rows, styles, path)
+    rows = paired_rows(rows, styles, path)
     figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.3))
     for axis, panel in zip(axes, panels):
         column = PANELS[panel]
@@ -104,10 +107,12 @@ def draw_curves(plt, rows, path, styles, panels, smoothed=5, trained=10, bands=T
     save(figure, path)
 
 
-def check_rows(rows, names, path):
+def paired_rows(rows, names, path):
+    """The rows of `names`, of the seeds that all have. Raises ValueError if one is not measured."""
     missing = [name for name in names if name not in rows]
     if missing:
         raise ValueError(f"{path.name} needs the rows {', '.join(missing)}; run their script first")
+    return paired({name: rows[name] for name in names})
 
 
 def draw_row(axis, seeds, column, width, name, style, band):
@@ -119,24 +124,19 @@ def draw_row(axis, seeds, column, width, name, style, band):
     look = {"color": colour, "linewidth": thickness, "marker": marker, "markersize": 5}
     axis.plot(x, mean, label=label_of(name), markevery=len(x) // 5, **look)
     if band:
-        low, high = mean - spread, mean + spread
-        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_shift(plt, rows, path):
     """Scores of the last third against s, with the standard errors of `means_and_errors`."""
-    check_rows(rows, ["resampling-forcing", "s-0.1", "s-3"], path)
+    rows = paired_rows(rows, SHIFTS.values(), path)
     figure, axis = plt.subplots(figsize=(5, 3.2))
-    rows = {float(name[2:]): seeds for name, seeds in rows.items() if name.startswith("s-")} | {
-        0.6: rows["resampling-forcing"]
-    }
-    shifts = sorted(rows)
-    means, errors = zip(*(means_and_errors(rows[s]) for s in shifts))
+    means, errors = zip(*map(means_and_errors, rows.values()))
     for (metric, column), marker in zip(COLUMNS.items(), "os^"):
         mean, error = ([z[2, column] for z in parts] for parts in (means, errors))
-        axis.errorbar(shifts, mean, error, marker=marker, capsize=3, label=metric)
+        axis.errorbar(list(SHIFTS), mean, error, marker=marker, capsize=3, label=metric)
     axis.set_xscale("log")
-    axis.set_xticks(shifts, [f"{s:g}" for s in shifts])
+    axis.set_xticks(list(SHIFTS), [f"{s:g}" for s in SHIFTS])
     axis.minorticks_off()
     axis.set_xlabel("s of Eq. (7) for t_s; larger: more of the history is redrawn")
     axis.set_ylabel("score, last third of 100 frames")

@@ -499,8 +499,7 @@ def parse(argv):
     add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     # fmt: on
     args = parser.parse_args(argv)
-    distilled = args.method in DISTILLED
-    if distilled != (args.teacher is not None):
+    if (args.method in DISTILLED) != (args.teacher is not None):
         raise ValueError("--teacher goes with the rows of DMD, and only them")
     return args
 

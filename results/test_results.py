@@ -449,6 +449,13 @@ def test_the_tables_are_means_and_errors_over_the_seeds(tmp_path, monkeypatch):
     assert page.endswith("<!-- end -->\nrest") and "old" not in page
     with pytest.raises(ValueError, match="has no row c"):
         evidence.redraw("<!-- scores x: c -->\n<!-- end -->")
+    for seeds in rows.values():
+        for measured in seeds.values():
+            measured["weights"] = "0"
+    rows["copy"] = measured_rows()["b"]
+    kept = {name: list(seeds) for name, seeds in evidence.paired(rows | {"c": rows["a"]}).items()}
+    assert kept == {"a": ["0"], "b": ["0"], "c": ["0"], "copy": ["0"]}, "seeds that all have"
+    assert list(evidence.paired({"a": rows["a"], "copy": rows["copy"]})["a"]) == ["0", "1"]
 
 
 def test_clips_are_compared_with_the_true_ones():
@@ -621,7 +628,7 @@ def test_the_curves_are_drawn(tmp_path, monkeypatch):
     seeds = measured_rows()["a"]
     for measured in seeds.values():
         measured["true_history"] = measured["frames"]
-    names = [*plot.HISTORIES, *plot.RIVALS, *plot.MEMORY, "s-0.1", "s-3"]
+    names = [*plot.HISTORIES, *plot.RIVALS, *plot.MEMORY, *plot.SHIFTS.values()]
     for file in ("sprites", "long", "hidden"):
         evidence.write_json(tmp_path / f"{file}.json", dict.fromkeys(names, seeds))
     plot.main(["--out", str(tmp_path)])
