@@ -8,3 +8,4 @@ rival warm told
 
 python results/evidence.py measure results/sprites.json $runs/{s-0.1,s-1,s-3,two-steps}-$seed
 python results/evidence.py measure results/sprites.json --history-level 0.1 $runs/told-$seed
+python results/evidence.py measure results/long.json --frames 1000 --samples 16 $runs/two-steps-$seed
