@@ -81,8 +81,8 @@ def answers(net, samples):
 def strip(path, runs):
     """Draw the first pair, its clips side by side, and how each run continues it."""
     nets = {label_of(split_name(run)[0]): load_checkpoint(run) for run in runs}
-    world = held_out(load_checkpoint(runs[0]).run, 1, "final")
-    clips, given, *_ = next(questions(world))
+    first, *_ = nets.values()
+    clips, given, *_ = next(questions(held_out(first.run, 1, "final")))
     rows = {"truth": clips}
     rows |= {name: continue_pair(net, clips, given, seed=0) for name, net in nets.items()}
     videos = rearrange(list(rows.values()), "n pair t c h w -> n t c h (pair w)")

@@ -562,7 +562,7 @@ def test_the_weights_of_the_box_are_those_that_were_measured(runs, tmp_path):
     assert packed.config == net.config
 
 
-def test_the_loss_by_noise_level_is_equation_4_at_that_level(runs, capsys):
+def test_the_loss_by_noise_level_is_equation_4_at_that_level(runs, capsys, monkeypatch):
     x = torch.randn(2, 3, 3, 4, 4)
     losses = health.losses_by_level(lambda x_t, t, *_: x_t / t[..., None, None, None], x, 0, 0)
     wanted = [(x / t).square().mean().item() for t in health.LEVELS]  # v - (eps - x) = x / t
@@ -572,13 +572,31 @@ def test_the_loss_by_noise_level_is_equation_4_at_that_level(runs, capsys):
     assert re.search(r"true( +\S+){6}\n +resampled( +\S+){6}\n", printed)
     assert re.search(r"redrawn: [\d.]+\nVisual, its own: [\d.]+\n$", printed)
 
+    net = load_checkpoint(runs / "warm-0")
+    net.run |= {"shift": 2.0, "resample_steps": 3}
+    asked = []
+    monkeypatch.setattr(health, "load_checkpoint", lambda run: net)
+    monkeypatch.setattr(
+        health, "self_resample", lambda net, x, c, s, steps: asked.append((s, steps)) or x
+    )
+    health.main([str(runs / "warm-0"), "--samples", "2"])
+    printed = capsys.readouterr().out
+    redrawn, own = map(float, re.findall(r"Visual, [a-z ]+: ([\d.]+)", printed))
+    frames = net.run["frames"]
+    clips = torch.stack([health.held_out(net.run, frames)[i][0][:-1] for i in range(2)])
+    true = health.measure_held_out(net, clips)[..., 0].nanmean().item()
+    assert asked == [(2.0, 3)] and redrawn == pytest.approx(true, abs=0.06) and own < true - 1
+
 
 def test_pairs_ask_for_what_only_memory_can_tell(tmp_path, monkeypatch):
     """The last frames given are equal; then each clip's own colour comes out."""
     world = Sprites(32, 12, 0, "final", 1, wall=True, withheld=1.0)
+    script = (HERE / "fig-7.sh").read_text()
+    window = max(int(n) for n in re.findall(r"--window (\d+)", script))
+    assert memory.HIDDEN >= window, "a window sees no frame in which the clips differ"
     for clips, given, (own, other), shape in itertools.islice(memory.questions(world), 4):
         same = (clips[0] == clips[1]).flatten(1).all(1)
-        assert same[given - memory.HIDDEN : given].all() and not same[given:].any()
+        assert same[given - window : given].all() and not same[given:].any()
         assert not same[:given].all() and own != other
         wanted = [f"{list(COLOURS)[z]} {list(SHAPES)[shape]}" for z in (own, other)]
         assert measure(clips[:, -1:], wanted, True)[..., 2].min() == 100
