@@ -15,5 +15,5 @@ rival DMD-on-rollouts DMD-on-long-rollouts $teacher
 
 rows=$(echo $runs/{routed-resampling,{,pipelined-}diffusion-forcing,DMD-on-{real-clips,rollouts,long-rollouts}}-$seed)
 python results/evidence.py measure results/sprites.json $rows
-python results/evidence.py time results/sprites.json $runs/{teacher-forcing,history-noise,resampling-forcing}-$seed $rows
+python results/evidence.py time results/sprites.json $runs/{teacher,resampling}-forcing-$seed $rows
 python results/evidence.py strip results/table-1.png $runs/{teacher-forcing,DMD-on-real-clips,DMD-on-long-rollouts,resampling-forcing}-$seed
