@@ -484,6 +484,42 @@ def test_the_tables_of_the_pages_are_drawn_from_the_numbers():
         assert evidence.redraw(text) == text, f"{page} is not what results/*.json says"
 
 
+def test_the_first_page_says_what_the_numbers_say():
+    """The first screen's sentence, and the links to Figs. 6 and 7."""
+    moves, stays = evidence.COLUMNS["Temporal"], evidence.AGAINST_TRUTH["still there"]
+
+    def last_third(file, name, column):
+        """Of each seed."""
+        seeds = evidence.read_rows(HERE / f"{file}.json")[name].items()
+        return [evidence.means_and_errors({seed: z})[0][2, column].item() for seed, z in seeds]
+
+    others = [name for name in plot.HISTORIES if name != "resampling-forcing"]
+    ours = last_third("long", "resampling-forcing", stays)
+    theirs = [last_third("long", name, stays) for name in others]
+    motion = np.mean(last_third("long", "resampling-forcing", moves))
+    motions = [np.mean(last_third("long", name, moves)) for name in others]
+    one, two = (
+        np.mean(last_third("sprites", name, stays)) for name in ("resampling-forcing", "two-steps")
+    )
+    pairs = evidence.read_rows(HERE / "hidden.json")
+    routed, window = (
+        evidence.pairs_table({name: pairs[name]}).splitlines()[-1].split()[3]
+        for name in ("top-5", "window-5")
+    )
+    means = [np.mean(z) for z in theirs]
+    page = evidence.PAGES[0].read_text("utf-8")
+    for sentence in (
+        f"still shows {np.mean(ours):.0f} % of the sprites",
+        f"and the others {min(means):.0f} to {max(means):.0f} %",
+        f"its *Temporal* is {motion:.0f}, theirs {min(motions):.0f} to {max(motions):.0f}.",
+        f"{ours[0]:.0f}, {ours[1]:.0f} and {ours[2]:.0f} % against {np.min(theirs):.0f} to "
+        f"{np.max(theirs):.0f}.",
+        f"{two:.0f} % of the sprites stay with two Euler steps, {one:.0f} % with one",
+        f"{routed} % with 5 routed frames, {window} % with the last 5",
+    ):
+        assert sentence in page, sentence
+
+
 def test_a_run_is_measured_again_if_its_weights_are_others(runs, tmp_path):
     run, file = tmp_path / "a-0", tmp_path / "x.json"
     shutil.copytree(runs / "warm-0", run)
